@@ -1,0 +1,25 @@
+"""One exception tree. Every message says what was expected, what came, and what to do next."""
+
+
+class DSparkError(Exception):
+    """A mistake the user can mend. The command line prints it in one line and exits with 2."""
+
+
+class InvalidRequest(DSparkError, ValueError):
+    """A prompt or a sampling parameter that cannot be served; other requests are untouched."""
+
+
+class InvalidConfiguration(DSparkError, ValueError):
+    """Options that do not go together, or a name that means nothing."""
+
+
+class UnsupportedModel(DSparkError):
+    """A model that cannot run over the slot cache, found by the check at load time."""
+
+
+class CheckpointError(DSparkError):
+    """A folder that is not the checkpoint it should be: unreadable, incomplete, or for another target."""
+
+
+class OutOfSlots(DSparkError):
+    """The KV cache is full. The engine counts slots before each step, so a user sees this only for a request that can never fit."""

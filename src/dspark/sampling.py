@@ -1,0 +1,146 @@
+"""Logits to a law, and a law to tokens. Draft and target both come through here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.noise import GumbelNoise, uniform
+from dspark.types import Request, TokenLogprobs
+
+
+def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Apply each row's sampling parameters to its logits.
+
+    logits [N, V], owners (N): the request of each row, previous (N): draft tokens between the request's last token and
+    the row (only penalties ask). Returns scores [N, V] float32 and temperature [N, 1]: the law of a row is
+    softmax(scores / temperature), at temperature 0 the argmax. Excluded tokens are -inf.
+    The order is transformers': bias and penalties, temperature, top-k, top-p, min-p.
+    """
+    scores = logits.float()
+    temperature = _column([r.params.temperature for r in owners], logits)
+    if any(r.params.logit_bias or r.params.penalises for r in owners):
+        scores = _penalise(scores.clone(), owners, previous)
+    if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in owners):
+        scores = _cut(scores, temperature, owners)
+    return scores, temperature
+
+
+def law(scores: Tensor, temperature: Tensor) -> Tensor:
+    """[N, V] probabilities of scores [N, V] at temperature [N, 1]; temperature 0 is the one-hot limit."""
+    greedy = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+    sampled = torch.softmax(scores / temperature.clamp_min(1e-6), dim=-1)
+    return torch.where(temperature > 0, sampled, greedy)
+
+
+def token_logprobs(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """What the target itself, with no sampling parameter applied, gave each chosen token. logits [N, V], chosen (N)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    own = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(num_top, logits.shape[-1]), -1)
+    tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(t, p, top) for t, p, top in zip(chosen, own, tops, strict=True)]
+
+
+class Draws(Protocol):
+    """Where randomness comes from. Tests put an enumerator here that takes every branch of the real sampler."""
+
+    def tokens(
+        self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
+    ) -> Tensor:
+        """[N] tokens from softmax(scores [N, V] / temperature [N, 1])."""
+        ...
+
+    def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
+        """True with this probability."""
+        ...
+
+
+class KeyedDraws:
+    """Draws that are functions of (seed, position, stream): the Gumbel-max trick over keyed noise."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.noise = GumbelNoise(vocab_size, device)
+
+    def tokens(
+        self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
+    ) -> Tensor:
+        # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
+        if bool((temperature > 0).any()):
+            scores = scores + temperature * self.noise.rows(seeds, positions, stream)
+        return scores.argmax(-1)
+
+    def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
+        return uniform(seed, position, stream) < probability
+
+
+def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+    stop = 0
+    for _, rows in groupby(owners, key=id):  # a request's rows follow each other
+        start, stop = stop, stop + len(list(rows))
+        params = owners[start].params
+        if params.logit_bias:
+            scores[start:stop, list(params.logit_bias)] += torch.tensor([*params.logit_bias.values()]).to(scores)
+        if params.penalises:
+            _penalise_rows(scores[start:stop], owners[start], previous[start:stop])
+    return scores
+
+
+def _penalise_rows(scores: Tensor, request: Request, previous: Sequence[Sequence[int]]) -> None:
+    """Change the scores [n, V] of one request in place, each row after its own path. Only tokens that occur count."""
+    params, written, prompt = request.params, Counter(request.generated), request.tokens[: request.num_prompt_tokens]
+    seen = list({*request.tokens, *(token for path in previous for token in path)})
+    column = {token: index for index, token in enumerate(seen)}
+    output = torch.tensor([[float(written[token]) for token in seen]]).repeat(len(scores), 1)
+    for row, path in enumerate(previous):
+        for token in path:
+            output[row, column[token]] += 1
+    in_prompt = torch.zeros(len(seen), dtype=torch.bool)
+    in_prompt[[column[token] for token in prompt]] = True
+    output, in_prompt, ids = output.to(scores), in_prompt.to(scores.device), torch.tensor(seen, device=scores.device)
+    old = scores[:, ids]
+    repeated = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    new = torch.where((output > 0) | in_prompt, repeated, old)
+    scores[:, ids] = new - (params.frequency_penalty * output + params.presence_penalty * (output > 0))
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _cut(scores: Tensor, temperature: Tensor, owners: Sequence[Request]) -> Tensor:
+    """-inf for what top-k, then top-p, then min-p exclude. Ties with the last token kept stay: no sort decides."""
+    params, vocab_size = [r.params for r in owners], scores.shape[-1]
+    if any(p.top_k for p in params):
+        sizes = [min(p.top_k, vocab_size) for p in params]
+        top_k = torch.tensor(sizes, device=scores.device)[:, None]
+        kth = scores.topk(max(sizes)).values.gather(-1, (top_k - 1).clamp_min(0))
+        scores = scores.masked_fill((scores < kth) & (top_k > 0), float("-inf"))
+    if any(p.top_p < 1 or p.min_p for p in params):
+        probs = torch.softmax(scores / temperature.clamp_min(1e-6), dim=-1)
+        least = _column([p.min_p for p in params], scores) * probs.amax(-1, keepdim=True)
+        if any(p.top_p < 1 for p in params):
+            least = torch.maximum(least, _last_in_nucleus(probs, _column([p.top_p for p in params], scores)))
+        scores = scores.masked_fill(probs < least, float("-inf"))
+    return scores
+
+
+def _last_in_nucleus(probs: Tensor, top_p: Tensor, num_candidates: int = 256) -> Tensor:
+    """[N, 1] probability of the last token that top_p [N, 1] keeps of probs [N, V]; 0 where it is 1.
+
+    Sorting the vocabulary would cost more than all the rest: the few likeliest tokens nearly always hold the mass.
+    """
+    num_candidates = min(num_candidates, probs.shape[-1])
+    ordered = probs.topk(num_candidates).values.double()
+    mass = ordered.cumsum(-1)
+    num_kept = ((mass - ordered) < top_p).sum(-1, keepdim=True).clamp_min(1)
+    last = ordered.gather(-1, num_kept - 1).to(probs.dtype).masked_fill(top_p == 1, 0.0)
+    wide = ((mass[:, -1:] < top_p) & (top_p < 1))[:, 0]
+    if num_candidates < probs.shape[-1] and bool(wide.any()):  # each row for itself: its law never depends on the batch
+        last[wide] = _last_in_nucleus(probs[wide], top_p[wide], 16 * num_candidates)
+    return last

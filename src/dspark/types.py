@@ -1,0 +1,354 @@
+"""The nouns. Everything else in the package is a verb over these.
+
+A *drafter* proposes, the *prefix scheduler* chooses how much to check, the *target* reads it in one pass,
+*verify* decides, the *engine* commits.
+
+    target       the model whose output the user wants
+    anchor       last committed token; not yet in the target's cache
+    draft        the tokens proposed in one step: per request a chain or a tree rooted at its anchor
+    confidence   P(draft token k is accepted, given its ancestors are), known before token k is drawn
+    survival     product of the confidences along the path
+    budget       how many draft tokens the target reads this step
+    keep         mask of the draft tokens chosen for reading, closed under ancestors
+    verdict      the accepted path and one next token per request
+    span         tokens appended to one request's cached prefix in one forward
+    slot         KV storage of one token
+    features     target hidden states that a drafter conditions on
+    block        a parallel drafter's block of positions, and nothing else
+    tau          tokens committed per target pass, the bonus token included; num_accepted counts draft tokens only
+
+Shape letters: B requests, K draft tokens per request, V vocabulary, T tokens in one forward, R rows with logits,
+F feature width, H hidden size, D head size, S cached tokens of one request, N a number of rows otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults are the target's own law: temperature 1 and nothing cut off.
+
+    temperature          0 is greedy; the limit of the same rule, not another mode
+    top_k                keep the k likeliest tokens; 0 keeps all
+    top_p                keep the smallest set of likeliest tokens with at least this mass
+    min_p                keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty   of tokens in prompt or output: positive logits are divided by it, negative ones multiplied
+    presence_penalty     subtracted from the logit of every token already in the output
+    frequency_penalty    subtracted once per occurrence in the output
+    logit_bias           {token id: added to its logit}
+    max_tokens           tokens to generate at most, the prompt not counted
+    stop                 strings that end the text; they are not part of it
+    stop_token_ids       token ids that end it, besides the target's own end tokens
+    ignore_eos           go on past the target's own end tokens
+    seed                 same seed, same text, with and without speculation; None draws one
+    logprobs             report the target's log-probabilities of the chosen and the n likeliest tokens; None reports none
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._require(
+            "temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number, 0 or more"
+        )
+        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        self._require(
+            "repetition_penalty",
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+            "a finite number above 0",
+        )
+        self._require("presence_penalty", math.isfinite(self.presence_penalty), "a finite number")
+        self._require("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number")
+        self._require("max_tokens", self.max_tokens >= 1, "1 or more")
+        self._require("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more")
+        self._require(
+            "logit_bias", all(math.isfinite(bias) for bias in self.logit_bias.values()), "finite numbers by token id"
+        )
+        self._require("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InvalidRequest(f"{name} must be {expected}; got {getattr(self, name)!r}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the law at a position depends on which tokens came before it, beyond what the target sees."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the law is more than the logits at a temperature."""
+        return bool(self.logit_bias) or self.penalises or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One target pass of one request after its prompt: draft tokens proposed, read by the target, and accepted."""
+
+    drafted: int
+    verified: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The target's own log-probabilities at one position, before temperature, penalties and cuts."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # likeliest first
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being generated.
+
+    Every token but the last (the anchor) is in the target's cache once the prompt has been read.
+    features [n, F] are those of positions features_start .. num_cached-1, kept until the drafter has been asked once.
+    """
+
+    id: int
+    tokens: list[int]
+    params: SamplingParams
+    num_prompt_tokens: int
+    seed: int = 0
+    num_cached: int = 0
+    features: Tensor | None = None
+    features_start: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
+    finish_reason: str | None = None
+    text: Any = field(default=None, repr=False)  # the engine's running translation into text
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens the target has not read: just the anchor, except while the prompt is being read."""
+        return self.tokens[self.num_cached :]
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+
+@dataclass
+class Draft:
+    """Proposed continuations of B requests.
+
+    tokens      [B, K]     proposed ids, parents before children
+    sizes       [B]        how many of the K are real
+    confidence  [B, K]     P(accepted | ancestors accepted), fixed before the token is drawn; None: unknown
+    parents     [B, K]     index of the predecessor, -1 for the anchor; None: a chain
+    probs       [B, K, V]  law each token was drawn from (only the rejection rule asks); None: picked outright
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    confidence: Tensor | None = None
+    parents: Tensor | None = None
+    probs: Tensor | None = None
+
+    @classmethod
+    def empty(cls, num_requests: int) -> Draft:
+        """Nothing proposed: plain decoding."""
+        return cls(torch.zeros(num_requests, 0, dtype=torch.long), torch.zeros(num_requests, dtype=torch.long))
+
+    def on_host(self) -> Draft:
+        """The same with everything that the host decides on in its memory; the laws stay where they are."""
+        confidence = None if self.confidence is None else self.confidence.cpu()
+        parents = None if self.parents is None else self.parents.cpu()
+        return Draft(self.tokens.cpu(), self.sizes.cpu(), confidence, parents, self.probs)
+
+    def among(self, rows: Sequence[int], num_requests: int) -> Draft:
+        """The same proposals as `rows` of a batch of num_requests; the other requests have none."""
+        if len(rows) == num_requests:
+            return self
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            out = values.new_zeros(num_requests, *values.shape[1:])
+            out[list(rows)] = values
+            return out
+
+        tokens, sizes = spread(self.tokens), spread(self.sizes)
+        assert tokens is not None and sizes is not None
+        return Draft(tokens, sizes, spread(self.confidence), spread(self.parents), spread(self.probs))
+
+    @property
+    def depth(self) -> Tensor:
+        """[B, K]  how many draft tokens lie on the path from the anchor to each one, itself included."""
+        num_requests, length = self.tokens.shape
+        if self.parents is None:
+            return torch.arange(1, length + 1).expand(num_requests, length)
+        depth = torch.zeros(num_requests, length + 1, dtype=torch.long)
+        for k in range(length):  # parents come before their children
+            depth[:, k + 1] = depth.gather(1, self.parents[:, k : k + 1] + 1)[:, 0] + 1
+        return depth[:, 1:]
+
+    @property
+    def real(self) -> Tensor:
+        """[B, K]  which entries are tokens and which are padding."""
+        return torch.arange(self.tokens.shape[1], device=self.sizes.device)[None] < self.sizes[:, None]
+
+
+@dataclass
+class Verdict:
+    """accepted [B, K] marks one root path per request; next_tokens [B] continues it."""
+
+    accepted: Tensor
+    next_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to append after a request's cached prefix in one forward.
+
+    A prompt chunk, an anchor, an anchor with its draft: all the same thing. `parents` are indices within the span, -1
+    for the cached prefix itself; None is a chain. `is_block` lets every token of the span see every other one (parallel
+    drafters). Logits are computed for the last `num_logits` tokens only.
+    """
+
+    request_id: int
+    start: int
+    tokens: Sequence[int]
+    parents: Sequence[int] | None = None
+    num_logits: int = 0
+    is_block: bool = False
+
+
+@dataclass
+class StepRecord:
+    """All that monitoring, calibration and evaluation may read of one engine step."""
+
+    request_ids: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    confidence: Tensor | None = None  # [B, K] as the drafter gave it
+    num_prompt_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_slots: int = 0
+    num_preempted: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase: draft, schedule, target, verify, commit
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the user gets for one prompt."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    rounds: list[Round]
+    logprobs: list[TokenLogprobs] | None = None
+    is_drafted: list[bool] = field(default_factory=list)
+    seed: int = 0
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per target pass after the prompt, the bonus token included."""
+        return sum(r.accepted + 1 for r in self.rounds) / len(self.rounds) if self.rounds else 1.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a streamed request."""
+
+    text: str
+    token_ids: list[int]
+    is_drafted: list[bool]
+    finish_reason: str | None = None
+
+
+class Rule(Protocol):
+    """How drafters draw and how drafts are judged; the two belong together (verify.py has both rules)."""
+
+    allows_anticipation: bool  # lossless whatever the scheduler looks at
+
+    def draft(
+        self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw one draft token for each request, previous (B) being its draft so far.
+
+        logits [B, V] -> tokens [B] and, if the rule will ask for it, the law they were drawn from [B, V].
+        """
+        ...
+
+    def noise_ahead(self, requests: Sequence[Request], length: int) -> Tensor | None:
+        """[B, length, V] or [1, 1, 1] such that drawing is argmax(logits + noise), for drafters that draw in one graph.
+
+        None where that is not known beforehand: draw with `draft` then.
+        """
+        ...
+
+    def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
+        """Judge the draft tokens in keep [B, K] by the target's logits [R, V].
+
+        Rows: for each request its anchor, then its kept draft tokens in order.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Any way of guessing.
+
+    feature_layers  target layers whose hidden states it wants, 0-based decoder layers; () for none
+    length          the most draft tokens it ever proposes for one request; slots are counted with it
+    """
+
+    feature_layers: tuple[int, ...]
+    length: int
+
+    def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        """Guess what follows each request's anchor, drawing with `rule.draft`. Reads the requests, never changes them.
+
+        A drafter is never told what was accepted: it compares what it has read with `request.tokens`. All of
+        `request.features` must be read in this call; the engine drops them afterwards.
+        """
+        ...
+
+    def release(self, request_id: int) -> None:
+        """Forget a request: finished, cancelled, or to be prefilled again. Unknown ids are fine."""
+        ...
+
+
+class PrefixScheduler(Protocol):
+    """Chooses how much of a draft is verified. `anticipates`: a choice may depend on the token it is about, or on later ones."""
+
+    anticipates: bool
+
+    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+        """keep [B, K] bool, closed under ancestors and inside `draft.real`; base_tokens are read anyway this step."""
+        ...
+
+
+Observer = Callable[[StepRecord], Any]

@@ -1,0 +1,167 @@
+"""The acceptance rule: the one place that decides what the user sees.
+
+Both rules commit tokens distributed as the target's own, for chains and trees (design section 4):
+
+* `Coupled`: every row of the target's forward commits argmax(log p + noise), where the noise depends on
+  (seed, position) alone; a draft token is accepted iff it is that token. The text is a function of prompt, parameters
+  and seed, whatever was drafted and however much of it was verified.
+* `Rejection`: accept x with probability min(1, p(x)/q(x)), else draw from the residual (Leviathan et al. 2023, Chen et
+  al. 2023; for siblings one after the other, SpecInfer). Lossless only if the scheduler does not anticipate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dspark.errors import InvalidConfiguration
+from dspark.noise import ACCEPT, COUPLED, DRAFT, RESIDUAL
+from dspark.sampling import Draws, KeyedDraws, law, shape_logits
+from dspark.types import Draft, Request, Rule, Verdict
+
+
+class Coupled:
+    allows_anticipation = True
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+
+    def draft(
+        self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        scores, temperature = shape_logits(logits, requests, previous)
+        positions = [len(r.tokens) + len(p) for r, p in zip(requests, previous, strict=True)]
+        return self.draws.tokens(scores, temperature, [r.seed for r in requests], positions, COUPLED), None
+
+    def noise_ahead(self, requests: Sequence[Request], length: int) -> Tensor | None:
+        if not isinstance(self.draws, KeyedDraws) or any(r.params.reshapes for r in requests):
+            return None
+        noise = self.draws.noise
+        if not any(r.params.temperature for r in requests):
+            return torch.zeros(1, 1, 1, device=noise.device)
+        seeds = [r.seed for r in requests for _ in range(length)]
+        positions = [len(r.tokens) + k for r in requests for k in range(length)]
+        rows = noise.rows(seeds, positions, COUPLED).view(len(requests), length, -1)
+        return rows * torch.tensor([r.params.temperature for r in requests], device=rows.device)[:, None, None]
+
+    def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
+        trees = [Tree(*columns) for columns in _columns(draft, keep)]
+        owners = [r for r, tree in zip(requests, trees, strict=True) for _ in tree.rows]
+        previous = [path for tree in trees for path in tree.paths]
+        scores, temperature = shape_logits(logits, owners, previous)
+        positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
+        chosen = self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED).tolist()
+
+        accepted, next_tokens, first_row = torch.zeros_like(keep), [], 0
+        for b, tree in enumerate(trees):
+            node, token = -1, chosen[first_row]
+            while (child := tree.child(node, token)) is not None:
+                accepted[b, child] = True
+                node, token = child, chosen[first_row + tree.rows[child]]
+            next_tokens.append(token)
+            first_row += len(tree.rows)
+        return Verdict(accepted, torch.tensor(next_tokens))
+
+
+class Rejection:
+    allows_anticipation = False
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+
+    def draft(
+        self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A path is drawn for once: asked again for a sibling, the same token comes. Siblings are picked outright."""
+        scores, temperature = shape_logits(logits, requests, previous)
+        # Each round has noise of its own, under a seed of its own. A position is drafted again in later rounds, and a
+        # scheduler that goes by what earlier rounds drafted (section 5.2) would otherwise know the token it admits.
+        seeds = [r.seed ^ len(r.tokens) << 32 for r in requests]
+        tokens = self.draws.tokens(scores, temperature, seeds, [len(path) for path in previous], DRAFT)
+        return tokens, law(scores.double(), temperature.double())
+
+    def noise_ahead(self, requests: Sequence[Request], length: int) -> Tensor | None:
+        return None  # the laws that drafts were drawn from are needed, too
+
+    def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
+        accepted, next_tokens, first_row = torch.zeros_like(keep), [], 0
+        for b, (request, columns) in enumerate(zip(requests, _columns(draft, keep), strict=True)):
+            tree = Tree(*columns)
+            rows = logits[first_row : first_row + len(tree.rows)]
+            scores, temperature = shape_logits(rows, [request] * len(tree.rows), tree.paths)
+            # The residual is a difference of nearly equal numbers: double precision, on both sides, keeps it a law.
+            target_law = law(scores.double(), temperature.double())
+            draft_law = None if draft.probs is None else draft.probs[b].double()
+            path, token = self._walk(tree, target_law, draft_law, request)
+            accepted[b, path] = True
+            next_tokens.append(token)
+            first_row += len(tree.rows)
+        return Verdict(accepted, torch.tensor(next_tokens))
+
+    def _walk(
+        self, tree: Tree, target_law: Tensor, draft_law: Tensor | None, request: Request
+    ) -> tuple[list[int], int]:
+        """target_law [rows, V], draft_law [K, V] or None (picked outright): the accepted path and what follows it."""
+        node, path = -1, list[int]()
+        while True:
+            p, position = target_law[tree.rows[node]], len(request.tokens) + len(path)
+            for ordinal, child in enumerate(tree.children(node)):
+                token = tree.tokens[child]
+                q = _all_on(token, p) if draft_law is None else draft_law[child]
+                assert q[token] > 0, "a draft token that its own law excludes"
+                if self.draws.accepts(float(p[token] / q[token]), request.seed, position, ACCEPT + ordinal):
+                    node = child
+                    path.append(child)
+                    break
+                residual = (p - q).clamp_min(0)
+                mass = residual.sum()
+                p = residual / mass if mass > 0 else p  # p = q up to rounding
+            else:
+                one = torch.ones(1, 1, dtype=p.dtype, device=p.device)
+                return path, int(self.draws.tokens(p.log()[None], one, [request.seed], [position], RESIDUAL))
+
+
+class Tree:
+    """The kept part of one request's draft: which row judges which token. A chain is a tree without siblings."""
+
+    def __init__(self, tokens: list[int], parents: list[int], keep: list[bool]) -> None:
+        self.tokens = tokens
+        self.rows = {-1: 0}  # node -> its row among the request's rows; the anchor is node -1
+        self.paths: list[list[int]] = [[]]  # per row: draft tokens from the anchor to the node, itself included
+        self._children: dict[int, list[int]] = {}
+        for node, (token, parent, kept) in enumerate(zip(tokens, parents, keep, strict=True)):
+            if not kept:
+                continue
+            assert parent in self.rows, "a kept draft token whose parent is not kept"
+            self._children.setdefault(parent, []).append(node)
+            self.paths.append([*self.paths[self.rows[parent]], token])
+            self.rows[node] = len(self.rows)
+
+    def children(self, node: int) -> list[int]:
+        return self._children.get(node, [])
+
+    def child(self, node: int, token: int) -> int | None:
+        return next((c for c in self.children(node) if self.tokens[c] == token), None)
+
+
+RULES: dict[str, type[Coupled] | type[Rejection]] = {"coupled": Coupled, "rejection": Rejection}
+
+
+def make_rule(name: str, draws: Draws) -> Rule:
+    """The rule of this name: `coupled` or `rejection`."""
+    if name not in RULES:
+        raise InvalidConfiguration(f"rule must be one of {', '.join(RULES)}; got {name!r}")
+    return RULES[name](draws)
+
+
+def _all_on(token: int, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_fill_(0, torch.tensor(token, device=like.device), 1.0)
+
+
+def _columns(draft: Draft, keep: Tensor) -> list[tuple[list[int], list[int], list[bool]]]:
+    num_requests, length = draft.tokens.shape
+    chain = list(range(-1, length - 1))
+    parents = [chain] * num_requests if draft.parents is None else draft.parents.tolist()
+    return list(zip(draft.tokens.tolist(), parents, keep.tolist(), strict=True))
