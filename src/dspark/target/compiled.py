@@ -1,0 +1,148 @@
+"""The fast path: a forward whose spans are all short, as one compiled graph over the same attention.
+
+Worth it where a forward is small: on CPU an eager step of a 7 M parameter model is mostly Python. Three graphs, chosen
+by shape before the call: one token; one request with several tokens; several requests. Within each all sizes are
+dynamic, so nothing is compiled again while requests come and go. On CPU the weights are packed into the graphs: each
+graph holds a copy of them, and later changes of the weights are not seen.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspark.target.kv_cache import KVCache
+from dspark.target.modules import capture_outputs, with_layers, with_own_hooks
+from dspark.target.plan import Group, Plan, Visibility
+
+_ALONE, _SPAN, _MANY = "one token", "one request", "many requests"
+
+
+class _Storage:
+    """The part of KVCache that attention sees, over tensors that are inputs of the graph."""
+
+    def __init__(self, layers: Sequence[int], pairs: Sequence[tuple[Tensor, Tensor]], shared: dict[int, int]) -> None:
+        self.pairs = dict(zip(layers, pairs, strict=True))
+        self.shared = shared
+
+    def tensors(self, layer: int, _keys: Tensor, _values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pairs[layer]
+
+
+class CompiledForward:
+    """Logits and features of short forwards through compiled graphs, each compiled at its first use.
+
+    feature_layers are outputs of the graphs. Every layer must have its storage in the cache already.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: nn.ModuleList, cache: KVCache, feature_layers: tuple[int, ...]
+    ) -> None:
+        self.feature_layers = feature_layers
+        self._cache = cache
+        self._captured: list[Any] = [None] * len(feature_layers)
+        hooked = with_own_hooks(layers)
+        capture_outputs(hooked, feature_layers, self._captured)
+        self._model: Any = with_layers(model, layers, hooked)
+        self._storage_of = tuple(cache.storage)
+        self._graphs: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+
+    def takes(self, plan: Plan, num_logits: int) -> bool:
+        """Whether there is a graph for this forward: sizes of 0 and 1 would be compiled in, so it needs more."""
+        return plan.is_for_graph and num_logits > 0
+
+    def __call__(
+        self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor | None]:
+        """token_ids [T], positions [T], logit_rows [R] -> logits [R, V], features [T, F]."""
+        group, visibility = plan.groups[0], plan.groups[0].visibility
+        kind = _kind_of(group)
+        num_rows = len(logit_rows)
+        arrays: dict[str, Tensor | None] = {
+            "ids": token_ids[None],
+            "positions": positions[None],
+            "write": plan.write,
+            "logit_rows": logit_rows if num_rows > 1 or kind == _ALONE else logit_rows.repeat(2),
+            "slots": group.slots,
+            "starts": visibility.starts,
+            "queries": visibility.positions,
+            "inside": visibility.inside,
+            "rows": group.rows,
+            "back": group.back,
+        }
+        pairs = [self._cache.storage[layer] for layer in self._storage_of]
+        if kind in self._graphs:
+            logits, features = self._graphs[kind](**arrays, pairs=pairs)
+        else:
+            self._graphs[kind] = self._compile(kind)
+            _mark_sizes(kind, arrays, pairs)
+            with frozen_weights(plan.write.device):
+                logits, features = self._graphs[kind](**arrays, pairs=pairs)
+        return logits[:num_rows], features
+
+    def _compile(self, kind: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        model, captured, storage_of = self._model, self._captured, self._storage_of
+        shared, is_alone = dict(self._cache.shared), kind == _ALONE
+
+        def step(
+            ids: Tensor,
+            positions: Tensor,
+            write: Tensor,
+            logit_rows: Tensor,
+            slots: Tensor,
+            starts: Tensor,
+            queries: Tensor,
+            inside: Tensor | None,
+            rows: Tensor | None,
+            back: Tensor | None,
+            pairs: list[tuple[Tensor, Tensor]],
+        ) -> tuple[Tensor, Tensor | None]:
+            group = Group(slots, Visibility(starts, queries, inside, slots.shape[1]), rows, back, sees_all=is_alone)
+            output = model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=0 if is_alone else logit_rows,
+                plan=Plan(write, [group]),
+                kv_cache=_Storage(storage_of, pairs, shared),
+            )
+            return output.logits[0], torch.cat(captured, -1) if captured else None
+
+        # The compiler keeps graphs by code object, and only a few for each: give every graph one of its own.
+        code = step.__code__.replace(co_name=f"step_{id(self)}_{kind.replace(' ', '_')}")
+        own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+        return torch.compile(own, fullgraph=True)
+
+
+def frozen_weights(device: torch.device) -> Any:
+    """While a graph is compiled: on CPU, pack its weights for the kernels and join projections of one input.
+
+    It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
+    """
+    is_cpu = device.type == "cpu"
+    return torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu})
+
+
+def _kind_of(group: Group) -> str:
+    batch, num_queries = group.shape
+    return _MANY if batch > 1 else _SPAN if num_queries > 1 else _ALONE
+
+
+def _mark_sizes(kind: str, arrays: dict[str, Tensor | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Tell the compiler, at a graph's first call, which sizes change from one forward to the next."""
+    dynamic: dict[str, tuple[int, ...]] = {"slots": (1,)}
+    if kind != _ALONE:
+        dynamic |= {"ids": (1,), "positions": (1,), "write": (0,), "logit_rows": (0,), "queries": (1,)}
+        dynamic |= {"inside": (1, 2)}
+    if kind == _MANY:
+        dynamic |= {"starts": (0,), "slots": (0, 1), "queries": (0, 1), "inside": (0, 1, 2), "rows": (0, 1)}
+        dynamic |= {"back": (0,)}
+    for name, sizes in dynamic.items():
+        for size in sizes:
+            torch._dynamo.mark_dynamic(arrays[name], size)
+    for tensor in (tensor for pair in pairs for tensor in pair):
+        torch._dynamo.mark_dynamic(tensor, 0)

@@ -1,0 +1,219 @@
+"""The target: any transformers causal LM over a slot cache. It reads spans, gives logits, knows of no speculation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.errors import InvalidConfiguration, OutOfSlots
+from dspark.target import attention
+from dspark.target.compiled import CompiledForward
+from dspark.target.kv_cache import KVCache
+from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
+from dspark.target.plan import Plan, make_plan, read_spans
+from dspark.types import Span
+
+_log = logging.getLogger(__name__)
+
+_DEFAULT_SLOTS = 65536  # a cap, not memory: storage grows with use
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What one forward gave.
+
+    logits    [R, V]  spans in order, of each the last `num_logits` tokens
+    features  [T, F]  of every token, the wanted layers side by side; None when none were wanted
+    """
+
+    logits: Tensor
+    features: Tensor | None
+
+
+class Target:
+    """A causal LM whose requests share one slot cache.
+
+    name            for people
+    max_length      tokens that one request may have
+    end_token_ids   tokens after which the model has nothing more to say
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        name: str = "target",
+        cache: KVCache | None = None,
+        num_layers: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config(decoder=True)
+        self.layers = decoder_layers(model, num_layers or self.config.num_hidden_layers)
+        self.num_layers = len(self.layers)
+        self.cache = KVCache(_DEFAULT_SLOTS) if cache is None else cache
+        self.cache.shared.update(shared_kv_sources(self.layers))
+        self.windows: set[int] = set()  # sliding windows that layers asked for so far
+        self.max_length = _max_length(self.config)
+        self.end_token_ids = _end_token_ids(model, tokenizer)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._compiled: dict[tuple[int, ...], CompiledForward] = {}  # by feature layers
+        model.eval()
+        model.set_attn_implementation(attention.NAME)
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits; a tokenizer may know fewer tokens."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def num_free_slots(self) -> int:
+        return self.cache.num_free_slots
+
+    @torch.no_grad()
+    def extend(self, spans: Sequence[Span], feature_layers: tuple[int, ...] = ()) -> Extension:
+        """Append each span to its request's cached prefix in one forward.
+
+        feature_layers are 0-based decoder layers whose raw output is wanted (before the final norm); -1 is what the
+        first layer reads. Every span must start where its request's cache ends, a request may occur once. When it
+        raises (OutOfSlots, an interrupt), the cache is as before.
+        """
+        write = self._reserve(spans)
+        try:
+            inputs = read_spans(spans, write)
+            compiled = self._compiled.get(feature_layers)
+            plan = make_plan(spans, inputs, self.cache, self.device, compiled is not None)
+            arrays = (inputs.token_ids, inputs.positions, inputs.logit_rows)
+            token_ids, positions, logit_rows = (torch.from_numpy(array).to(self.device) for array in arrays)
+            if compiled is not None and compiled.takes(plan, len(logit_rows)):
+                return Extension(*compiled(token_ids, positions, logit_rows, plan))
+            return self._eager(token_ids, positions, logit_rows, plan, feature_layers)
+        except BaseException:
+            for span in spans:
+                self.cache.keep(span.request_id, span.start, ())
+            raise
+
+    def _eager(
+        self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan, feature_layers: tuple[int, ...]
+    ) -> Extension:
+        with captured_outputs(self.layers, feature_layers) as captured:
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logit_rows,
+                plan=plan,
+                kv_cache=self.cache,
+            )
+        self.windows.update(window for group in plan.groups for window, _ in group.masks if window is not None)
+        return Extension(output.logits[0], torch.cat(captured, -1) if feature_layers else None)
+
+    def _reserve(self, spans: Sequence[Span]) -> np.ndarray:
+        needed = sum(len(span.tokens) for span in spans)
+        if needed > self.cache.num_free_slots:
+            raise OutOfSlots(
+                f"a forward of {needed} tokens needs as many slots and {self.cache.num_free_slots} of "
+                f"{self.cache.limit} are free; run fewer requests at once, or raise the number of slots"
+            )
+        assert len({span.request_id for span in spans}) == len(spans), "a request may have one span per forward"
+        for span in spans:
+            length = self.cache.length(span.request_id)
+            assert span.start == length, f"request {span.request_id} has {length} cached tokens, not {span.start}"
+            assert len(span.tokens) > 0, "a span has at least one token"
+        return self.cache.reserve_many([(span.request_id, len(span.tokens)) for span in spans])
+
+    def compile(self, feature_layers: tuple[int, ...] = (), num_requests: int = 2) -> bool:
+        """Compile the forwards whose spans are all short, ahead of time. Returns whether that worked.
+
+        Takes tens of seconds and a C++ compiler (CPU) or Triton (GPU). feature_layers as they will be asked for; other
+        forwards run eagerly. num_requests: 1 spares the graph for several requests at once. Later changes of the
+        weights are not seen. The cache must be empty.
+        """
+        if feature_layers in self._compiled:
+            return True
+        assert not self.cache.request_ids, "compile before the first request"
+        start = time.perf_counter()
+        try:
+            self.extend([Span(-1, 0, (0, 0, 0))], feature_layers)
+            self._compiled[feature_layers] = CompiledForward(self.model, self.layers, self.cache, feature_layers)
+            self._warm_up(feature_layers, num_requests)
+        except RuntimeError as error:  # the compiler's own errors all derive from it
+            self._compiled.pop(feature_layers, None)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            _log.warning("%s runs uncompiled: %s", self.name, reason[0])
+        finally:
+            for request in self.cache.request_ids:
+                self.release(request)
+        _log.info("compiling %s took %.1f s", self.name, time.perf_counter() - start)
+        return feature_layers in self._compiled
+
+    def _warm_up(self, feature_layers: tuple[int, ...], num_requests: int) -> None:
+        """Run each graph once, with sizes that all differ: equal ones would be taken for the same."""
+        self.extend([Span(-1, 3, (0,), num_logits=1)], feature_layers)
+        self.extend([Span(-1, 4, (0,) * 5, num_logits=3)], feature_layers)
+        if num_requests > 1:
+            for request, length in ((-2, 8), (-3, 21)):
+                self.extend([Span(request, 0, (0,) * length)], feature_layers)
+            spans = [Span(-1, 9, (0,) * 6, num_logits=2), Span(-2, 8, (0,) * 3, num_logits=2), Span(-3, 21, (0,) * 2)]
+            self.extend(spans, feature_layers)
+
+    def keep(self, request_id: int, start: int, chosen: Sequence[int]) -> None:
+        """Of the request's tokens from position `start` on keep those at `chosen` (relative to start), in order."""
+        self.cache.keep(request_id, start, chosen)
+
+    def release(self, request_id: int) -> None:
+        """Forget a request. An unknown id is fine."""
+        self.cache.release(request_id)
+
+    def resize(self, num_slots: int) -> None:
+        """Cap the cache at `num_slots` tokens over all requests; only while no request is in it."""
+        self.cache.resize(num_slots)
+
+    def truncated(self, num_layers: int) -> Target:
+        """The same weights stopping after the first `num_layers`, final norm and head on top, over the same cache.
+
+        It sees this target's requests and slots. What it appends has keys and values in the first layers only: drop
+        it with keep(request_id, start, []) before this target extends the request.
+        """
+        if not 1 <= num_layers <= self.num_layers:
+            raise InvalidConfiguration(
+                f"the first {num_layers} layers were asked for; {self.name} has {self.num_layers}, so ask for 1 or more"
+            )
+        model = with_layers(self.model, self.layers, self.layers[:num_layers])
+        return Target(model, self.tokenizer, f"{self.name}[:{num_layers}]", self.cache, num_layers)
+
+
+def _max_length(config: Any) -> int:
+    """Positions the model knows; one chunk where layers attend in chunks (Llama 4), which spans cannot express."""
+    length = getattr(config, "max_position_embeddings", None) or 1 << 20
+    chunk = getattr(config, "attention_chunk_size", None)
+    return int(min(length, chunk) if chunk else length)
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    ids: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        ids.update([found] if isinstance(found, int) else found or [])
+    return tuple(sorted(ids))

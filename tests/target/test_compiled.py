@@ -1,0 +1,76 @@
+"""The compiled forward gives what the eager one gives, and is compiled once however requests come and go."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dspark.types import Span
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_steady_state_compiles_nothing(make_pair: Callable[..., Any]) -> None:
+    pair = make_pair("mistral", num_slots=3000, num_hidden_layers=1)
+    target, layers = pair.target, (0, -1)
+    assert target.compile(layers)
+    assert counters["stats"]["unique_graphs"] == 3
+    rng = random.Random(0)
+    texts = {request: [rng.randrange(3, 97) for _ in range(250)] for request in range(9)}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(30):
+            running = [request for request in texts if target.cache.length(request) < 220]
+            spans = []
+            for request in rng.sample(running, rng.choice((1, 1, 2, 5, 9)) if len(running) > 8 else 1):
+                start, size = target.cache.length(request), rng.choice((1, 1, 2, 7, 16, 40))
+                num_logits = rng.randint(0, size)
+                spans.append(Span(request, start, texts[request][start : start + size], num_logits=num_logits))
+            found = target.extend(spans, layers)
+            rows = found.logits.split([span.num_logits for span in spans])
+            for span, piece in zip(spans, rows, strict=True):
+                end = span.start + len(span.tokens)
+                expected = pair.logits(texts[span.request_id][:end])[end - span.num_logits :]
+                torch.testing.assert_close(piece, expected, atol=2e-5, rtol=0)
+                target.keep(span.request_id, span.start, range(rng.randint(1, len(span.tokens))))
+            assert found.features.shape == (sum(len(span.tokens) for span in spans), 64)
+            if step == 5:  # the cache grows
+                target.cache.reserve(55, 1500)
+                target.release(55)
+            if step == 10:  # a tree, and the same tree eagerly
+                span = Span(77, 0, (5, 6, 7, 8), parents=(-1, 0, 0, 2), num_logits=4)
+                compiled = target.extend([span], layers)
+                target.release(77)
+                eager = target.extend([span], (0,))
+                target.release(77)
+                torch.testing.assert_close(compiled.logits, eager.logits, atol=2e-5, rtol=0)
+                torch.testing.assert_close(compiled.features[:, :32], eager.features, atol=2e-5, rtol=0)
+            target.cache.check()
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_without_a_compiler_it_runs_eagerly(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No working C++ compiler found\nand much more text")
+
+    target = make_pair("llama").target
+    monkeypatch.setattr(torch, "compile", fail)
+    assert not target.compile()
+    assert [record.message for record in caplog.records] == ["llama runs uncompiled: No working C++ compiler found"]
+    assert not target.cache.request_ids
+    assert target.extend([Span(1, 0, (5,), num_logits=1)]).logits.shape == (1, 97)

@@ -1,0 +1,92 @@
+"""Laws of the slot cache: nothing is lost, nothing is owned twice, order is position, a refusal changes nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dspark.errors import OutOfSlots
+from dspark.target import KVCache
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_traffic_against_lists(seed: int) -> None:
+    """A model of plain lists, with the slots' contents as witnesses that growth and moves keep them."""
+    rng = random.Random(seed)
+    cache = KVCache(limit=rng.choice((40, 3000)))
+    keys = torch.zeros(1, 2, 1, 4)
+    cache.tensors(0, keys, keys)
+    expected: dict[int, list[int]] = {}
+    for _ in range(400):
+        request, action = rng.randrange(6), rng.random()
+        if action < 0.6:
+            count = rng.choice((1, 3, 8, 90))
+            before = cache.num_free_slots
+            if count > before:
+                with pytest.raises(OutOfSlots, match=f"needs {count} more slots and {before} of {cache.limit}"):
+                    cache.reserve(request, count)
+                assert cache.num_free_slots == before
+            else:
+                stamps = [rng.randrange(1 << 20) for _ in range(count)]
+                slots = torch.from_numpy(cache.reserve(request, count).copy())
+                cache.storage[0][0][slots] = torch.tensor(stamps, dtype=torch.float)[:, None, None].expand(-1, 2, 4)
+                expected.setdefault(request, []).extend(stamps)
+        elif action < 0.9 and request in expected:
+            start = rng.randint(0, len(expected[request]))
+            tail = expected[request][start:]
+            chosen = rng.sample(range(len(tail)), rng.randint(0, len(tail)))
+            cache.keep(request, start, chosen)
+            expected[request][start:] = [tail[i] for i in chosen]
+        elif action >= 0.9:
+            cache.release(request)
+            expected.pop(request, None)
+        cache.check()
+        for known, stamps in expected.items():
+            assert cache.length(known) == len(stamps)
+            stored = cache.storage[0][0][torch.from_numpy(cache.slots_of(known).copy()), 0, 0]
+            assert stored.tolist() == stamps
+        assert cache.num_free_slots == cache.limit - sum(map(len, expected.values()))
+
+
+def test_unknown_requests_are_empty() -> None:
+    cache = KVCache(10)
+    cache.release(5)
+    cache.keep(5, 0, ())
+    assert cache.length(5) == 0
+    assert len(cache.slots_of(5)) == 0
+    with pytest.raises(IndexError, match="no slots"):
+        cache.keep(5, 0, (0,))
+
+
+def test_keep_refuses_what_is_not_there() -> None:
+    cache = KVCache(10)
+    cache.reserve(1, 4)
+    for chosen in ((4,), (0, 0), (-1,)):
+        with pytest.raises((IndexError, AssertionError)):
+            cache.keep(1, 0, chosen)
+        cache.check()
+        assert cache.length(1) == 4
+
+
+def test_resize_gives_memory_back_and_wants_an_empty_cache() -> None:
+    cache = KVCache(5000)
+    cache.tensors(3, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 6))
+    cache.reserve(1, 4000)
+    assert cache.storage[3][1].shape[0] >= 4000
+    with pytest.raises(AssertionError, match="still have slots"):
+        cache.resize(10)
+    cache.release(1)
+    cache.resize(10)
+    assert [tuple(tensor.shape) for tensor in cache.storage[3]] == [(10, 2, 4), (10, 2, 6)]
+    assert cache.num_free_slots == 10
+
+
+def test_check_finds_a_lost_slot() -> None:
+    cache = KVCache(10)
+    cache.reserve(1, 4)
+    cache.keep(1, 0, (0,))
+    cache._free.pop()
+    with pytest.raises(AssertionError, match="lost"):
+        cache.check()
