@@ -1,0 +1,79 @@
+"""What a folder is, without loading it, and whether a drafter fits a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dspark.checkpoints.dialects import canonical, dialect
+from dspark.checkpoints.drafter import SHARED, empty_model, read_config, tensor_problems, unfit
+from dspark.checkpoints.folder import Checkpoint, open_checkpoint
+from dspark.target.target import Target
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Facts about a target or a drafter: what it is, its shape and its size on disk."""
+    checkpoint = open_checkpoint(path)
+    written_by = dialect(checkpoint.config)
+    return _describe_target(checkpoint) if written_by is None else _describe_drafter(checkpoint, written_by)
+
+
+def check_fit(path: str, target: Target) -> list[str]:
+    """Every reason why the drafter or draft model at `path` cannot serve this target; empty if it can."""
+    checkpoint = open_checkpoint(path)
+    if dialect(checkpoint.config) is None:
+        vocab_size = _text_config(checkpoint).get("vocab_size")
+        if vocab_size == target.vocab_size:
+            return []
+        return [f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}"]
+    config = read_config(checkpoint)
+    return [*unfit(config, target), *tensor_problems(checkpoint, empty_model(checkpoint, config))]
+
+
+def _describe_drafter(checkpoint: Checkpoint, written_by: str) -> dict[str, Any]:
+    config = read_config(checkpoint)
+    own = {name: header for name, header in checkpoint.tensors.items() if name not in SHARED}
+    return {
+        "kind": "drafter",
+        "architecture": checkpoint.architecture,
+        "dialect": written_by,
+        "backbone": str(canonical(checkpoint.config, checkpoint.name)["architectures"][0]),
+        "parameters": sum(header.numel for header in own.values()),
+        "copied_from_target": sum(header.numel for name, header in checkpoint.tensors.items() if name in SHARED),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "block_size": config.block_size,
+        "head": config.markov_head_type if config.markov_rank else "none",
+        "head_rank": config.markov_rank,
+        "confidence_head": config.enable_confidence_head,
+        "feature_layers": list(config.target_layer_ids),
+        "target_layers": config.num_target_layers or None,
+        "mask_token_id": config.mask_token_id,
+        **_storage(checkpoint),
+    }
+
+
+def _describe_target(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = _text_config(checkpoint)
+    return {
+        "kind": "target",
+        "architecture": checkpoint.architecture,
+        "parameters": sum(header.numel for header in checkpoint.tensors.values()),
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+        "max_length": config.get("max_position_embeddings"),
+        **_storage(checkpoint),
+    }
+
+
+def _storage(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "dtype": sorted({header.dtype for header in checkpoint.tensors.values()}),
+        "bytes_on_disk": checkpoint.num_bytes,
+    }
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a model with several parts the language model's."""
+    return {**checkpoint.config, **checkpoint.config.get("text_config", {})}

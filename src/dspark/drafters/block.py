@@ -1,0 +1,295 @@
+"""A parallel drafter at work: DSpark, and DFlash, which is DSpark with its heads off (paper, section 3.1).
+
+One pass over a block of positions gives base logits for every draft token; the sequential head then corrects and draws
+them left to right. What the block attends to is the context: projected target features of all committed positions but
+the anchor, as keys and values that are computed once.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dspark.drafters.block_model import BlockModel
+from dspark.drafters.context_rows import ContextRows
+from dspark.errors import InvalidConfiguration
+from dspark.types import Draft, Request, Rule
+
+
+class Step(NamedTuple):
+    """Everything a step needs, as tensors: B requests, N positions that were not read before, P slots of a block.
+
+    features [N, F], positions [N]     the news: committed since the last step, or by a request that was not asked
+    rows, slots [N + B*P]              where keys and values of news and blocks are kept
+    anchors [B], starts [B]            last committed tokens and their positions
+    chosen [B] or None                 rows of the requests; None: they are the first B
+    mask [B, 1, 1, P + S]              added to scores; S is the longest context
+    keys, values                       per layer, as ContextRows has them
+    """
+
+    features: Tensor
+    positions: Tensor
+    rows: Tensor
+    slots: Tensor
+    anchors: Tensor
+    starts: Tensor
+    chosen: Tensor | None
+    mask: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class BlockDrafter:
+    """Runs a BlockModel for many requests at once.
+
+    length  draft tokens proposed per step; None: all the model's block gives
+    window  committed positions a block can see, the newest ones; None: all. It bounds memory and time per request.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        embed_tokens: nn.Module,
+        lm_head: nn.Module,
+        length: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        block_size = model.config.block_size
+        if length is not None and not 1 <= length <= block_size:
+            raise InvalidConfiguration(f"length must be 1 to {block_size}, the drafter's block size; got {length}")
+        if window is not None and window < 1:
+            raise InvalidConfiguration(f"window must be 1 or more, or None for all positions; got {window}")
+        self.model, self.embed_tokens, self.lm_head = model, embed_tokens, lm_head
+        self.feature_layers = tuple(model.config.target_layer_ids)
+        self.block_size = block_size
+        self.length = block_size if length is None else length
+        self.dtype, self.device = model.fc.weight.dtype, model.fc.weight.device
+        key_shape = (model.config.num_key_value_heads, model.config.head_dim)
+        self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
+        self._graph: Callable[[Step, Tensor], tuple[Tensor, Tensor | None]] | None = None
+
+    def compile(self) -> None:
+        """Compile the usual step (the coupled rule with a plain temperature): a graph for one request, one for more.
+
+        Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels.
+        """
+
+        def step(step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._run(step, noise)
+
+        # The compiler keeps graphs by code object, and only a few for each: every drafter has one of its own.
+        code = step.__code__.replace(co_name=f"draft_{id(self)}")
+        own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+        self._graph = torch.compile(own, fullgraph=True, options=_without_guards_on_modules())
+
+    @torch.no_grad()
+    def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        if not requests:
+            return Draft.empty(0)
+        # In the order of their rows the context of all requests is a view, not a copy.
+        ordered = sorted(requests, key=lambda r: self.rows.row(r.id))
+        noise, probs = rule.noise_ahead(ordered, self.length), None
+        step = self._prepare(ordered, for_graph=self._graph is not None and noise is not None)
+        if noise is None:
+            tokens, confidence, probs = self._draw_by_rule(step, *self._block(step), ordered, rule)
+        elif self._graph is None or step.chosen is not None or not len(step.features):
+            tokens, confidence = self._run(step, noise)
+        else:
+            tokens, confidence = self._run_graph(step, noise)
+        if ordered != list(requests):
+            place = {r.id: row for row, r in enumerate(ordered)}
+            order = torch.tensor([place[r.id] for r in requests], device=tokens.device)
+            tokens = tokens[order]
+            confidence = None if confidence is None else confidence[order]
+            probs = None if probs is None else probs[order]
+        return Draft(tokens, torch.full((len(requests),), self.length), confidence, probs=probs)
+
+    def release(self, request_id: int) -> None:
+        self.rows.release(request_id)
+
+    def _prepare(self, requests: Sequence[Request], for_graph: bool) -> Step:
+        """Collect what was committed since the last call and find places for it.
+
+        for_graph: as many news as one step can bring at most, the same number whatever was accepted.
+        """
+        ids, size = [r.id for r in requests], len(requests)
+        runs, pieces = self._news(requests)
+        rows, slots = self.rows.claim(ids, runs)
+        positions = [p for run in runs for p in run]
+        features = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else self.model.fc.weight[:0]
+        most = size * (self.block_size + 1)
+        if for_graph and 0 < len(positions) < most:
+            # The first piece once more, as often as is missing: writing the same to the same slot does nothing.
+            missing = most - len(positions)
+            positions, rows, slots = (values[:1] * missing + values for values in (positions, rows, slots))
+            features = torch.cat([features[:1].expand(missing, -1), features])
+        starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
+        numbers = [
+            positions,
+            rows,
+            slots,
+            [r.tokens[-1] for r in requests],
+            starts,
+            visible,
+            [self.rows.row(i) for i in ids],
+        ]
+        # One tensor and views of it: one copy to the device.
+        flat = torch.tensor([n for part in numbers for n in part], device=self.device)
+        places = flat.split([len(part) for part in numbers])
+        num_slots = self.block_size + max(visible)
+        mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
+        if size > 1:
+            ends = places[5][:, None, None, None] + self.block_size
+            mask.masked_fill_(torch.arange(num_slots, device=self.device) >= ends, float("-inf"))
+        return Step(
+            features=features.to(self.dtype),
+            positions=places[0],
+            rows=places[1],
+            slots=places[2],
+            anchors=places[3],
+            starts=places[4],
+            chosen=None if self.rows.is_prefix(ids) else places[6],
+            mask=mask,
+            keys=self.rows.keys,
+            values=self.rows.values,
+        )
+
+    def _news(self, requests: Sequence[Request]) -> tuple[list[range], list[Tensor]]:
+        """Positions of each request that were not read before, and the features [n, F] of those that have any."""
+        runs, pieces = [], []
+        for r in requests:
+            start, stop = self.rows.num_read(r.id), r.num_cached
+            assert stop == len(r.tokens) - 1, f"request {r.id}: the target has not read all but the anchor"
+            if start < stop:
+                have = None if r.features is None else range(r.features_start, r.features_start + len(r.features))
+                assert have and have.start <= start and have.stop == stop, (
+                    f"request {r.id}: features of {start}..{stop - 1} are needed, {have} are there"
+                )
+                if self.rows.window is not None:
+                    start = max(start, stop - self.rows.window)
+                pieces.append(r.features[start - have.start :])  # type: ignore[index]
+            runs.append(range(start, stop))
+        return runs, pieces
+
+    def _run(self, step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A whole step; tensors only, so that it can be one graph."""
+        return self._draw_ahead(step, *self._block(step), noise)
+
+    def _run_graph(self, step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As _run, in shapes of which there are few."""
+        assert self._graph is not None
+        batch = len(step.anchors)
+        early = len(step.features) - batch * (self.block_size + 1)
+        if early > 0:  # a prompt: all but its end is read outside
+            self._read(step, early)
+            step = step._replace(
+                features=step.features[early:],
+                positions=step.positions[early:],
+                rows=step.rows[early:],
+                slots=step.slots[early:],
+            )
+        noise = noise.expand(batch, self.length, self.model.config.vocab_size).contiguous()
+        for tensor in (*step.keys, *step.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+        torch._dynamo.maybe_mark_dynamic(step.mask, 3)
+        if batch > 1:
+            for tensor in (*step[:6], step.mask, noise):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # Packed weights, and linear layers of one input in one. As options of torch.compile they would be ignored.
+        is_cpu = self.device.type == "cpu"
+        with torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu}):
+            return self._graph(step, noise)
+
+    def _read(self, step: Step, count: int) -> None:
+        """Keep keys and values of the first `count` pieces of news, without drafting."""
+        context = self.model.context(step.features[:count])
+        for layer, (k, v) in enumerate(self.model.context_keys_values(context, step.positions[:count])):
+            step.keys[layer].index_put_((step.rows[:count], step.slots[:count]), k)
+            step.values[layer].index_put_((step.rows[:count], step.slots[:count]), v)
+
+    def _block(self, step: Step) -> tuple[Tensor, Tensor]:
+        """One pass over the blocks: states [B, K, H] of the anchor and the masks after it, and base logits [B, K, V].
+
+        The whole block runs, however few of its tokens are wanted: that is what the model was trained on.
+        """
+        slots = torch.arange(self.block_size, device=step.anchors.device)
+        tokens = torch.where(slots == 0, step.anchors[:, None], self.model.config.mask_token_id)
+        positions = step.starts[:, None] + slots
+        news = self.model.context_keys_values(self.model.context(step.features), step.positions)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return block_attention(q, torch.cat([news[layer][0], k]), torch.cat([news[layer][1], v]), step, layer)
+
+        hidden = self.model.block(self.embed_tokens(tokens.flatten()).to(self.dtype), positions.flatten(), attend)
+        hidden = hidden.view(*tokens.shape, -1)[:, : self.length]
+        return hidden, self.model.base_logits(hidden, self.lm_head).float()
+
+    def _draw_ahead(self, step: Step, hidden: Tensor, base: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw with noise [B, K or 1, V or 1] that is known beforehand: tensors only, nothing waits for the host."""
+        head, scores, previous = self.model.head, base + noise, step.anchors
+        drawn, embedded, state = [], [], head.initial_state(len(previous))
+        for k in range(self.length):
+            bias, e, state = head.step(previous, hidden[:, k], state)
+            previous = (scores[:, k] if bias is None else scores[:, k] + bias.float()).argmax(-1)
+            drawn.append(previous)
+            embedded.append(e)
+        return torch.stack(drawn, 1), self._confidence(hidden, embedded)
+
+    def _draw_by_rule(
+        self, step: Step, hidden: Tensor, base: Tensor, requests: Sequence[Request], rule: Rule
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Draw through the rule, whatever sampling parameters and laws it needs."""
+        head, previous = self.model.head, step.anchors
+        drawn, laws, embedded, state = [], [], [], head.initial_state(len(previous))
+        paths: list[list[int]] = [[] for _ in requests]
+        for k in range(self.length):
+            bias, e, state = head.step(previous, hidden[:, k], state)
+            previous, law = rule.draft(base[:, k] if bias is None else base[:, k] + bias.float(), requests, paths)
+            paths = [[*path, token] for path, token in zip(paths, previous.tolist(), strict=True)]
+            drawn.append(previous)
+            embedded.append(e)
+            if law is not None:
+                laws.append(law)
+        return torch.stack(drawn, 1), self._confidence(hidden, embedded), torch.stack(laws, 1) if laws else None
+
+    def _confidence(self, hidden: Tensor, embedded: list[Tensor | None]) -> Tensor | None:
+        """[B, K]  entry k is a function of the state at k and of the token before: known before token k is drawn."""
+        e = None if embedded[0] is None else torch.stack([e for e in embedded if e is not None], 1)
+        logit = self.model.confidence(hidden, e)
+        return None if logit is None else torch.sigmoid(logit.float())
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
+    """Keep k and v of news and blocks; every slot of a block attends to its context and its whole block, without order.
+
+    q [B*P, heads, D], k and v [N + B*P, KV, D]. Returns [B*P, heads, D].
+    """
+    batch, num_slots, (_, kv_heads, width) = len(step.anchors), step.mask.shape[-1], k.shape
+    keys = step.keys[layer].index_put_((step.rows, step.slots), k)
+    values = step.values[layer].index_put_((step.rows, step.slots), v)
+    if step.chosen is None:
+        keys, values = keys[:batch, :num_slots], values[:batch, :num_slots]
+    else:
+        keys, values = (
+            keys[:, :num_slots].index_select(0, step.chosen),
+            values[:, :num_slots].index_select(0, step.chosen),
+        )
+    # No slot sees less than another, so the query heads that share a key head are just more queries.
+    size, group = q.shape[0] // batch, q.shape[1] // kv_heads
+    queries = (
+        q.view(batch, size, kv_heads, group, width).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, width)
+    )
+    mask = None if batch == 1 else step.mask  # one request sees all of its row
+    y = F.scaled_dot_product_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+    return y.view(batch, kv_heads, group, size, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _without_guards_on_modules() -> dict[str, Any]:
+    """Not to ask at every step whether a frozen model has changed; it would cost a tenth of the step."""
+    skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+    return {} if skip is None else {"guard_filter_fn": skip}

@@ -1,0 +1,100 @@
+"""A smaller language model draws the draft one token at a time (Leviathan et al. 2023; Chen et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dspark.errors import InvalidConfiguration
+from dspark.target.target import Target
+from dspark.types import Draft, Request, Rule, Span
+
+
+class DraftModelDrafter:
+    """Any causal LM with the target's vocabulary, over a slot cache of its own."""
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, model: Target, length: int = 4) -> None:
+        if length < 1:
+            raise InvalidConfiguration(f"length must be 1 or more; got {length}")
+        self.model, self.length = model, length
+
+    def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        able = _within_context(self.model, requests, self.length)
+        asked = [requests[b] for b in able]
+        # What the model has read is what its cache holds; it catches up on all that was committed since.
+        starts = [self.model.cache.length(r.id) for r in asked]
+        spans = [Span(r.id, start, r.tokens[start:], num_logits=1) for r, start in zip(asked, starts, strict=True)]
+        draft = _draw_chain(self.model, asked, rule, spans, [len(r.tokens) for r in asked], self.length)
+        return draft.among(able, len(requests))
+
+    def release(self, request_id: int) -> None:
+        self.model.release(request_id)
+
+    def compile(self) -> None:
+        """Compile the draft model's forwards."""
+        self.model.compile()
+
+
+class SelfDrafter:
+    """The target's own first layers as the draft model, on the target's own cache.
+
+    Committed tokens need no second reading: verification has already written what the first layers need. The anchor and
+    the draft are written while drafting and freed again before the target verifies them.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, target: Target, num_layers: int | None = None, length: int = 4) -> None:
+        if length < 1:
+            raise InvalidConfiguration(f"length must be 1 or more; got {length}")
+        self.model = target.truncated(max(1, target.num_layers // 2) if num_layers is None else num_layers)
+        self.length = length
+
+    def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        able = _within_context(self.model, requests, self.length)
+        asked = [requests[b] for b in able]
+        spans = [Span(r.id, r.num_cached, r.pending, num_logits=1) for r in asked]
+        draft = _draw_chain(self.model, asked, rule, spans, [r.num_cached for r in asked], self.length)
+        return draft.among(able, len(requests))
+
+    def release(self, request_id: int) -> None:
+        pass  # the cache is the target's; the engine frees it
+
+    def compile(self) -> None:
+        """Compile the forwards of the first layers."""
+        self.model.compile()
+
+
+def _within_context(model: Target, requests: Sequence[Request], length: int) -> list[int]:
+    """Rows of the requests whose whole draft has positions that the model knows."""
+    return [b for b, r in enumerate(requests) if len(r.tokens) + length <= model.max_length]
+
+
+def _draw_chain(
+    model: Target, requests: Sequence[Request], rule: Rule, spans: list[Span], keep_lengths: list[int], length: int
+) -> Draft:
+    """Read `spans`, then draw and read token after token; afterwards keep `keep_lengths` tokens per request in the cache."""
+    if not requests:
+        return Draft.empty(0)
+    drawn: list[Tensor] = []
+    laws: list[Tensor] = []
+    paths: list[list[int]] = [[] for _ in requests]
+    for _ in range(length):
+        logits = model.extend(spans).logits
+        tokens, law = rule.draft(logits, requests, paths)
+        drawn.append(tokens)
+        if law is not None:
+            laws.append(law)
+        spans = [
+            Span(s.request_id, s.start + len(s.tokens), [token], num_logits=1)
+            for s, token in zip(spans, tokens.tolist(), strict=True)
+        ]
+        paths = [[*path, int(s.tokens[0])] for path, s in zip(paths, spans, strict=True)]
+    for request, kept in zip(requests, keep_lengths, strict=True):
+        model.keep(request.id, kept, [])
+    sizes = torch.full((len(requests),), length, dtype=torch.long)
+    return Draft(torch.stack(drawn, 1), sizes, probs=torch.stack(laws, 1) if laws else None)

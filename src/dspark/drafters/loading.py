@@ -1,0 +1,175 @@
+"""From a name to a drafter: a built-in one, the embedded pair's, a checkpoint, or a function in a user's file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark.checkpoints.dialects import dialect
+from dspark.checkpoints.drafter import load_block_drafter
+from dspark.checkpoints.folder import Checkpoint, open_checkpoint
+from dspark.drafters.block import BlockDrafter
+from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
+from dspark.drafters.ngram import NGramDrafter
+from dspark.drafters.none import NoDrafter
+from dspark.errors import CheckpointError, InvalidConfiguration
+from dspark.target.loading import embedded_pair_folder, load_target
+from dspark.target.target import Target
+from dspark.types import Drafter
+
+EMBEDDED = ("dspark", "dflash", "draft")  # folders beside the embedded target
+
+
+def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **options: Any) -> Drafter:
+    """The drafter of this name for this target; options are those of its class.
+
+    `none`, `ngram`, `self`; for the embedded target `dspark`, `dflash`, `draft`; the folder or hub id of a block
+    drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options) gives a
+    Drafter.
+    """
+    name = os.fspath(name_path_or_id)
+    if name in _BUILT_IN:
+        return _call(name, _BUILT_IN[name], target, options)
+    if name in EMBEDDED:
+        return _open(str(_embedded(name, target)), target, options)
+    if ".py:" in name or name.endswith(".py"):
+        return _call(name, _from_file(name), target, options)
+    if not Path(name).expanduser().exists() and "/" not in name:
+        raise InvalidConfiguration(_unknown(name, target))
+    return _open(name, target, options)
+
+
+def _none(target: Target) -> Drafter:
+    return NoDrafter()
+
+
+def _ngram(target: Target, length: int = 7, longest: int = 3, shortest: int = 1) -> Drafter:
+    return NGramDrafter(length, longest, shortest)
+
+
+def _self(target: Target, num_layers: int | None = None, length: int = 4) -> Drafter:
+    return SelfDrafter(target, num_layers, length)
+
+
+_BUILT_IN: dict[str, Callable[..., Drafter]] = {"none": _none, "ngram": _ngram, "self": _self}
+
+
+def _open(name: str, target: Target, options: dict[str, Any]) -> Drafter:
+    revision = options.pop("revision", None)
+    checkpoint = open_checkpoint(name, revision)
+    if dialect(checkpoint.config) is not None:
+        return _call(name, _block, target, {"checkpoint": checkpoint, **options})
+    if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return _call(name, _draft_model, target, {"checkpoint": checkpoint, **options})
+    raise CheckpointError(
+        f"{name} is neither a block drafter nor a causal language model: its config says {checkpoint.architecture}. "
+        "Expected Qwen3DSparkModel, Gemma4DSparkModel or a ...ForCausalLM"
+    )
+
+
+def _block(
+    target: Target,
+    checkpoint: Checkpoint,
+    length: int | None = None,
+    window: int | None = None,
+    own_embeddings: bool = False,
+    dtype: str | torch.dtype | None = None,
+) -> Drafter:
+    loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
+    return BlockDrafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+
+
+def _draft_model(
+    target: Target, checkpoint: Checkpoint, length: int = 4, dtype: str | torch.dtype | None = None
+) -> Drafter:
+    model = load_target(str(checkpoint.path), dtype or target.dtype, target.device)
+    if model.vocab_size != target.vocab_size:
+        raise CheckpointError(
+            f"the draft model {checkpoint.name} knows {model.vocab_size} tokens and {target.name} {target.vocab_size}; "
+            "a draft model needs the target's own vocabulary: choose a smaller model of the same family"
+        )
+    return DraftModelDrafter(model, length)
+
+
+def _call(name: str, make: Callable[..., Drafter], target: Target, options: dict[str, Any]) -> Drafter:
+    """make(target, **options), with the options checked first: an unknown one is named with those there are."""
+    parameters = list(inspect.signature(make).parameters.values())[1:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [option for option in options if option not in accepted]
+    if unknown and not takes_any:
+        choices = [option for option in accepted if option != "checkpoint"]
+        near = difflib.get_close_matches(unknown[0], choices, 1)
+        raise InvalidConfiguration(
+            f"the drafter {name} has no option {unknown[0]!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + f" It takes {', '.join(choices) or 'none'}"
+        )
+    return make(target, **options)
+
+
+def _embedded(name: str, target: Target) -> Path:
+    if target.name not in ("tiny",):
+        raise InvalidConfiguration(
+            f"the drafter {name!r} comes with the embedded target tiny, and the target is {target.name}; "
+            "name the folder or hub id of a drafter"
+        )
+    folder = embedded_pair_folder(target.name) / name
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"the embedded drafter {name!r} is not in this installation: {folder} is missing; reinstall the package"
+        )
+    return folder
+
+
+def _from_file(name: str) -> Callable[..., Drafter]:
+    """The function that `path/to/file.py:make` names."""
+    path_text, _, function = name.rpartition(":")
+    if not function or not path_text.endswith(".py"):
+        raise InvalidConfiguration(f"expected file.py:function, as in my_drafter.py:make; got {name!r}")
+    path = Path(path_text).expanduser()
+    if not path.is_file():
+        raise InvalidConfiguration(
+            f"{path_text} does not exist; expected a Python file with a function {function}(target)"
+        )
+    spec = importlib.util.spec_from_file_location(f"dspark_drafter_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise InvalidConfiguration(f"{path_text} cannot be imported: {type(error).__name__}: {error}") from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
+        raise InvalidConfiguration(f"{path_text} has no function {function!r}; it has {', '.join(functions) or 'none'}")
+    return make
+
+
+def _unknown(name: str, target: Target) -> str:
+    names = [*_BUILT_IN, *(EMBEDDED if target.name == "tiny" else ())]
+    near = difflib.get_close_matches(name, names, 1)
+    return (
+        f"no drafter is called {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + f" There are {', '.join(names)}, the folder or hub id (organisation/name) of a drafter, and file.py:function"
+    )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InvalidConfiguration(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    return getattr(torch, dtype)

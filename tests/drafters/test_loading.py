@@ -1,0 +1,146 @@
+"""From a name to a drafter, and what is said when the name or its options mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dspark.checkpoints import check_fit, save_drafter
+from dspark.drafters import loading
+from dspark.drafters.block import BlockDrafter
+from dspark.drafters.block_model import BlockConfig, BlockModel
+from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
+from dspark.drafters.loading import load_drafter
+from dspark.drafters.ngram import NGramDrafter
+from dspark.drafters.none import NoDrafter
+from dspark.errors import CheckpointError, InvalidConfiguration
+from dspark.target.target import Target
+from engine.models import VOCAB_SIZE, random_target
+
+CONFIG = BlockConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB_SIZE,
+    target_layer_ids=(0, 1),
+    block_size=4,
+    mask_token_id=1,
+    num_target_layers=3,
+    markov_rank=8,
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return random_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("none", NoDrafter), ("ngram", NGramDrafter), ("self", SelfDrafter)])
+def test_built_in(name: str, kind: type, target: Target) -> None:
+    assert isinstance(load_drafter(name, target), kind)
+
+
+def test_options_reach_the_drafter(target: Target) -> None:
+    assert load_drafter("ngram", target, length=3).length == 3
+    assert load_drafter("self", target, length=2, num_layers=1).model.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ngram", {"lenght": 3}, r"no option 'lenght'; did you mean 'length'\? It takes length, longest, shortest"),
+        ("none", {"length": 3}, "no option 'length'. It takes none"),
+        ("ngram", {"length": 0}, "length >= 1"),
+        ("ngarm", {}, r"no drafter is called 'ngarm'; did you mean 'ngram'\? There are none, ngram, self"),
+        ("zzz", {}, "no drafter is called 'zzz'. There are"),
+        ("dspark", {}, "comes with the embedded target tiny"),
+        ("nowhere.py:make", {}, "nowhere.py does not exist"),
+        ("nowhere.py", {}, "expected file.py:function"),
+    ],
+)
+def test_names_and_options_that_mean_nothing(name: str, options: dict[str, Any], message: str, target: Target) -> None:
+    with pytest.raises(InvalidConfiguration, match=message):
+        load_drafter(name, target, **options)
+
+
+def test_block_drafter_from_a_folder(tmp_path: Path, target: Target) -> None:
+    save_drafter(BlockModel(CONFIG), tmp_path / "d")
+    drafter = load_drafter(tmp_path / "d", target, length=2, window=5)
+    assert isinstance(drafter, BlockDrafter) and drafter.length == 2 and drafter.rows.window == 5
+    assert drafter.feature_layers == (0, 1)
+    assert drafter.embed_tokens is target.model.get_input_embeddings()
+    assert load_drafter(tmp_path / "d", target, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(
+        InvalidConfiguration, match=r"'windows'; did you mean 'window'\? It takes length, window, own_embeddings, dtype"
+    ):
+        load_drafter(tmp_path / "d", target, windows=3)
+    with pytest.raises(InvalidConfiguration, match="dtype must be"):
+        load_drafter(tmp_path / "d", target, dtype="int8")
+
+
+def test_drafters_of_the_embedded_pair(tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "name", "tiny")
+    monkeypatch.setattr(loading, "embedded_pair_folder", lambda name: tmp_path / name)
+    save_drafter(BlockModel(CONFIG), tmp_path / "tiny" / "dspark")
+    assert isinstance(load_drafter("dspark", target), BlockDrafter)
+    with pytest.raises(CheckpointError, match="'dflash' is not in this installation"):
+        load_drafter("dflash", target)
+    with pytest.raises(
+        InvalidConfiguration, match=r"did you mean 'dspark'\? There are none, ngram, self, dspark, dflash, draft"
+    ):
+        load_drafter("dspork", target)
+
+
+def test_a_causal_lm_becomes_a_draft_model(tmp_path: Path, target: Target) -> None:
+    random_target(tmp_path / "small", num_layers=1)
+    drafter = load_drafter(str(tmp_path / "small"), target, length=3)
+    assert isinstance(drafter, DraftModelDrafter) and drafter.length == 3
+    assert check_fit(str(tmp_path / "small"), target) == []
+    random_target(tmp_path / "other", num_layers=1, vocab_size=VOCAB_SIZE + 3)
+    with pytest.raises(CheckpointError, match=f"knows {VOCAB_SIZE + 3} tokens and .* {VOCAB_SIZE}"):
+        load_drafter(str(tmp_path / "other"), target)
+    assert check_fit(str(tmp_path / "other"), target) != []
+
+
+def test_other_folders(tmp_path: Path, target: Target) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(
+        CheckpointError, match="neither a block drafter nor a causal language model: its config says BertModel"
+    ):
+        load_drafter(str(tmp_path), target)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_drafter(f"{tmp_path}/missing", target)
+
+
+FILE = """
+from dspark.drafters.none import NoDrafter
+def make(target, depth=1):
+    drafter = NoDrafter()
+    drafter.made_for, drafter.depth = target, depth
+    return drafter
+def anything(target, **options):
+    return options
+not_a_function = 3
+"""
+
+
+def test_a_users_file(tmp_path: Path, target: Target) -> None:
+    path = tmp_path / "my_drafter.py"
+    path.write_text(FILE)
+    drafter = load_drafter(f"{path}:make", target, depth=4)
+    assert drafter.made_for is target and drafter.depth == 4
+    assert load_drafter(f"{path}:anything", target, colour="red") == {"colour": "red"}
+    with pytest.raises(InvalidConfiguration, match=r"no option 'width'; did you mean 'depth'\? It takes depth"):
+        load_drafter(f"{path}:make", target, width=4)
+    for missing in ("mak", "not_a_function"):
+        with pytest.raises(InvalidConfiguration, match=f"no function '{missing}'; it has make, anything"):
+            load_drafter(f"{path}:{missing}", target)
+    path.write_text("import nothing_of_this_name")
+    with pytest.raises(InvalidConfiguration, match="cannot be imported: ModuleNotFoundError"):
+        load_drafter(f"{path}:make", target)
