@@ -1,0 +1,83 @@
+"""Say what a target or drafter folder is, and whether the two fit.
+
+Exit code 1: the drafter does not fit the target. Each mismatch is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dspark.cli.terminal import progress, quiet_weights
+
+DOES_NOT_FIT = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder or hub id of a target or a drafter; tiny, dspark, ...")
+    parser.add_argument("--target", help="does the drafter at PATH fit this target? tiny, a folder or a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dspark.checkpoints import describe
+
+    path = _path(args.path)
+    facts = describe(path)
+    problems = None if args.target is None else _problems(path, args)
+    if args.json:
+        fit = {} if problems is None else {"target": args.target, "fits": not problems, "problems": problems}
+        print(json.dumps({**facts, **fit}, default=str))
+    else:
+        _print_table(dict(_flat(facts)))
+        if problems is not None:
+            print(f"does not fit {args.target}:" if problems else f"fits {args.target}")
+            for problem in problems or ():
+                print(f"  - {problem}")
+    return DOES_NOT_FIT if problems else 0
+
+
+def _path(name: str) -> str:
+    """The names that `generate --drafter` knows for the embedded pair are folders too."""
+    from dspark.drafters.loading import EMBEDDED
+    from dspark.target.loading import embedded_pair_folder
+
+    return str(embedded_pair_folder("tiny") / name) if name in EMBEDDED else name
+
+
+def _problems(path: str, args: argparse.Namespace) -> list[str]:
+    with progress(f"loading {args.target}", args.no_color):
+        from dspark import load_target
+        from dspark.checkpoints import check_fit
+
+        quiet_weights(args.target)
+        return list(check_fit(path, load_target(args.target)))
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """One line per fact; nested facts carry the name of what they belong to."""
+    for name, fact in facts.items():
+        label = prefix + name.replace("_", " ")
+        if isinstance(fact, Mapping):
+            yield from _flat(fact, f"{label} ")
+        elif fact is not None:
+            yield label, _readable(fact)
+
+
+def _readable(fact: Any) -> str:
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    if isinstance(fact, int):
+        return f"{fact:,}"
+    if isinstance(fact, (list, tuple)):
+        return ", ".join(str(item) for item in fact) or "none"
+    return str(fact)
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    width = max((len(label) for label in rows), default=0)
+    for label, fact in rows.items():
+        print(f"{label:<{width}}  {fact}")

@@ -1,0 +1,60 @@
+"""`dspark VERB`: one file per verb. Nothing heavy is imported before a verb runs, so --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from dspark import __version__
+from dspark.cli import generate, info
+from dspark.errors import DSparkError
+
+MISUSE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code. Mistakes a user can mend are one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of ending the run
+    logging.basicConfig(format="%(name)s: %(message)s")
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
+        return code
+    except DSparkError as error:
+        print("dspark: error:", " ".join(str(error).split()), file=sys.stderr)
+        return MISUSE
+    except KeyboardInterrupt:
+        print("dspark: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read us has gone (`| head`). What is still buffered must go nowhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dspark",
+        description="Confidence-scheduled speculative decoding: the text your model would have written, sooner.",
+    )
+    parser.add_argument("--version", action="version", version=f"dspark {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in (("generate", generate), ("info", info)):
+        summary = (verb.__doc__ or "").splitlines()[0]
+        subparser = verbs.add_parser(
+            name,
+            help=summary,
+            description=verb.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # what is short for one flag today may be two tomorrow
+        )
+        verb.add_arguments(subparser)
+        subparser.set_defaults(run=verb.run)
+    return parser

@@ -1,0 +1,107 @@
+"""What a terminal shows around the text: a sign of life while loading, marks on draft tokens, the closing line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from dspark.types import Delta, Round
+
+_GREEN, _RESET = "\x1b[32m", "\x1b[0m"
+
+
+def wants_colour(stream: TextIO, no_color: bool) -> bool:
+    """Colour only for people: not in pipes and files, not with NO_COLOR (no-color.org) or --no-color."""
+    return not no_color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
+
+
+def say(message: str) -> None:
+    """A line about the run. On stderr, so that stdout is the text and nothing else."""
+    print(f"dspark: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(message: str, no_color: bool) -> Iterator[None]:
+    """A spinner on stderr while something takes long; one plain line where nobody watches."""
+    from rich.console import Console
+
+    console = Console(stderr=True, no_color=no_color or None, highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        with console.status(message):
+            yield
+    else:
+        say(message)
+        yield
+
+
+def quiet_weights(target: str) -> None:
+    """No bars for reading weights from this machine: the spinner says it. A download from the hub keeps its bars."""
+    if target == "tiny" or Path(target).exists():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+class DraftMarks:
+    """Says which characters of streamed text came from accepted draft tokens.
+
+    Text lags behind its tokens (unfinished characters, what may become a stop string), so characters are counted here
+    token by token and matched with the text when it comes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from dspark.engine.text import Detokenizer
+
+        self._detokenizer = Detokenizer(tokenizer)
+        self._runs: deque[tuple[int, bool]] = deque()  # characters to come, and whether they were drafted
+
+    def split(self, delta: Delta) -> Iterator[tuple[str, bool]]:
+        """The text of one delta in runs of one kind."""
+        for token_id, is_drafted in zip(delta.token_ids, delta.is_drafted, strict=True):
+            if num_characters := len(self._detokenizer.push([token_id])):
+                self._runs.append((num_characters, is_drafted))
+        text = delta.text
+        while text:
+            num_characters, is_drafted = self._runs.popleft() if self._runs else (len(text), False)
+            yield text[:num_characters], is_drafted
+            if num_characters > len(text):
+                self._runs.appendleft((num_characters - len(text), is_drafted))
+            text = text[num_characters:]
+
+
+def marked(text: str, is_drafted: bool) -> str:
+    return f"{_GREEN}{text}{_RESET}" if is_drafted else text
+
+
+def acceptance_by_position(rounds: Sequence[Round]) -> list[tuple[int, int]]:
+    """(accepted, reached) for draft position 1, 2, ...
+
+    Reached: the target read a token there and had accepted all before it. So accepted / reached is the chance of a
+    draft token whose predecessors were right, and lengths chosen by the scheduler do not bend it.
+    """
+    longest = max((r.verified for r in rounds), default=0)
+    counts = [
+        (sum(r.accepted >= k for r in rounds), sum(r.verified >= k and r.accepted >= k - 1 for r in rounds))
+        for k in range(1, longest + 1)
+    ]
+    return [(accepted, reached) for accepted, reached in counts if reached]
+
+
+def speed(tokens_per_second: float) -> str:
+    """Two digits at least: 0.48, 9.1, 213."""
+    digits = f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.2g}"
+    return f"{digits} tokens/s"
+
+
+def speculation_summary(tau: float, rounds: Sequence[Round]) -> str:
+    """tau, rounds and acceptance by position, in one line."""
+    summary = f"tau {tau:.2f} over {len(rounds)} target passes"
+    if positions := acceptance_by_position(rounds):
+        summary += ", accepted/reached by draft position: " + " ".join(f"{a}/{r}" for a, r in positions)
+    return summary

@@ -1,0 +1,74 @@
+"""Who runs. Slots are counted before a step begins, so a step never fails for lack of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from dspark.types import Request, Span
+
+
+def is_reading(request: Request) -> bool:
+    """Whether the target still has to read more than the anchor: a new prompt, or everything after a preemption."""
+    return len(request.pending) > 1 or len(request.tokens) == request.num_prompt_tokens
+
+
+@dataclass
+class Batcher:
+    """First come, first served; the youngest goes back to the queue when slots run out.
+
+    max_running  requests in one step at most
+    max_tokens   tokens in one forward that prompts may fill up to; decoding is never held back
+    lookahead    slots a decoding request needs in one step: its anchor and the longest draft
+    """
+
+    max_running: int
+    max_tokens: int
+    lookahead: int
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+
+    def admit(self, num_free: int) -> None:
+        """Let waiting requests in while there are slots for all their tokens besides what the running ones may take."""
+        promised = sum(len(r.pending) - 1 + self.lookahead for r in self.running)
+        while self.waiting and len(self.running) < self.max_running:
+            need = len(self.waiting[0].pending) - 1 + self.lookahead
+            if promised + need > num_free:
+                break
+            promised += need
+            self.running.append(self.waiting.popleft())
+
+    def preempt(self, num_free: int) -> list[Request]:
+        """Take the youngest requests out until this step is sure to fit; they wait first in line, in their old order.
+
+        The caller releases their slots, which is why a request's own cached tokens count as found.
+        """
+        taken: list[Request] = []
+        while len(self.running) > 1 and self._need() > num_free:
+            request = self.running.pop()
+            num_free += request.num_cached
+            self.waiting.appendleft(request)
+            taken.append(request)
+        return taken
+
+    def prompt_spans(self, num_decoding: int) -> list[tuple[Request, Span]]:
+        """The next chunk of each prompt, within the tokens that decoding leaves; logits only where a prompt ends."""
+        # However many requests are decoding, prompts go on: a quarter of the allowance is theirs.
+        left = max(self.max_tokens - num_decoding * self.lookahead, self.max_tokens // 4, 1)
+        spans = []
+        for request in self.running:
+            if is_reading(request) and left > 0:
+                chunk = request.pending[:left]
+                left -= len(chunk)
+                ends = len(chunk) == len(request.pending)
+                spans.append((request, Span(request.id, request.num_cached, chunk, num_logits=int(ends))))
+        return spans
+
+    def remove(self, request: Request) -> None:
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def _need(self) -> int:
+        return sum(min(len(r.pending), self.max_tokens) if is_reading(r) else self.lookahead for r in self.running)

@@ -1,0 +1,346 @@
+"""The loop: admit, propose, choose, extend, verify, commit. Generation, serving and benchmarks all run this one step."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dspark.budget.prefix_scheduler import make_scheduler
+from dspark.drafters.none import NoDrafter
+from dspark.engine.batcher import Batcher, is_reading
+from dspark.engine.stream import RunningText, Stream
+from dspark.engine.text import Prompt, render_prompt
+from dspark.errors import InvalidConfiguration, InvalidRequest
+from dspark.sampling import KeyedDraws, token_logprobs
+from dspark.target.target import Extension, Target
+from dspark.types import (
+    Draft,
+    Drafter,
+    Generation,
+    Observer,
+    PrefixScheduler,
+    Request,
+    Round,
+    SamplingParams,
+    Span,
+    StepRecord,
+    Verdict,
+)
+from dspark.verify import make_rule
+
+_request_ids = count()  # shared, because engines may share a target and with it the cache
+
+
+class Engine:
+    """Continuous batching over one target and one drafter.
+
+    target, drafter     from `load_target` and `load_drafter`; no drafter is plain decoding
+    scheduler           which draft tokens are verified: `fixed:7`, `threshold:0.6`, or a PrefixScheduler
+    rule                `coupled`: same seed, same text, with and without speculation. `rejection`: the paper's rule
+    max_num_seqs        requests decoded together at most
+    max_num_batched_tokens  prompts are read in chunks that fill a step up to this many tokens
+    num_slots           tokens that the KV cache can hold; None keeps the target's own limit
+    compile             compile target and drafter: faster steps after tens of seconds of warm-up
+    observers           called with the StepRecord of every step
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        scheduler: str | PrefixScheduler = "fixed:7",
+        rule: str = "coupled",
+        *,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        num_slots: int | None = None,
+        compile: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
+        self.scheduler = make_scheduler(scheduler)
+        self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
+        if self.scheduler.anticipates and not self.rule.allows_anticipation:
+            raise InvalidConfiguration(
+                f"{type(self.scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
+                "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
+            )
+        if num_slots is not None:
+            target.resize(num_slots)
+        lookahead = 1 + self.drafter.length
+        if max_num_seqs < 1 or max_num_batched_tokens < 1:
+            raise InvalidConfiguration("max_num_seqs and max_num_batched_tokens must be 1 or more")
+        # The longest request must fit when it is alone, its speculative slots included.
+        self.max_length = min(target.max_length, target.cache.limit - lookahead)
+        if self.max_length < 2:
+            raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
+        self.batcher = Batcher(max_num_seqs, max_num_batched_tokens, lookahead)
+        self.observers = list(observers)
+        if compile:
+            target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
+            if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
+                self.drafter.compile()
+
+    # -- what users call ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        raw: bool = False,
+    ) -> list[Generation]:
+        """Continue every prompt (a string, a list of chat messages, or token ids), all of them together.
+
+        One SamplingParams for all or one for each. `raw` continues strings as they stand, without the chat template.
+        """
+        prompts = _as_list(prompts)
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequest(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}; got {len(each)}")
+        ids = [
+            self._tokenise(p, s, raw) for p, s in zip(prompts, each, strict=True)
+        ]  # all are checked before any starts
+        requests = [self._enqueue(i, s) for i, s in zip(ids, each, strict=True)]
+        try:
+            while any(r.finish_reason is None for r in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+        return [self.result(r) for r in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Stream:
+        """Continue one prompt and hand out its text as it comes."""
+        return Stream(self, self.submit(prompt, params, raw))
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
+        """Queue a prompt; `step` until `finish_reason` is set, then ask for `result`."""
+        params = params or SamplingParams()
+        return self._enqueue(self._tokenise(prompt, params, raw), params)
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request and free all it holds; a finished one stays as it is."""
+        if request.finish_reason is None:
+            self._finish(request, "cancelled")
+
+    def result(self, request: Request) -> Generation:
+        """What a request has produced so far."""
+        return Generation(
+            prompt_token_ids=request.tokens[: request.num_prompt_tokens],
+            token_ids=request.generated,
+            text="" if request.text is None else request.text.everything(request.generated),
+            finish_reason=request.finish_reason or "unfinished",
+            rounds=list(request.rounds),
+            logprobs=None if request.params.logprobs is None else list(request.logprobs),
+            is_drafted=list(request.is_drafted),
+            seed=request.seed,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.batcher.waiting or self.batcher.running)
+
+    # -- the step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> StepRecord:
+        """Move every running request on by one target pass."""
+        record = StepRecord()
+        with _timed(record, "admit"):
+            record.num_preempted = self._make_room()
+            decoding = [r for r in self.batcher.running if not is_reading(r)]
+            prompts = self.batcher.prompt_spans(len(decoding))
+        with _timed(record, "draft"):
+            draft = self._propose(decoding)
+        with _timed(record, "schedule"):
+            base_tokens = len(decoding) + sum(len(span.tokens) for _, span in prompts)
+            keep = self._choose(draft, decoding, base_tokens)
+            spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
+        if spans:
+            with _timed(record, "target"):
+                out = self.target.extend(spans, self.drafter.feature_layers)
+            with _timed(record, "verify"):
+                judged = decoding + [r for r, span in prompts if span.num_logits]
+                draft = draft.among(range(len(decoding)), len(judged))
+                keep = torch.cat([keep, keep.new_zeros(len(judged) - len(decoding), keep.shape[1])])
+                verdict = self.rule.verify(draft, keep, out.logits, judged)
+            with _timed(record, "commit"):
+                self._record(record, decoding, draft, keep, verdict.accepted)
+                self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
+        record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
+        record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
+        record.num_free_slots = self.target.num_free_slots
+        for observe in self.observers:
+            observe(record)
+        return record
+
+    def _make_room(self) -> int:
+        self.batcher.admit(self.target.num_free_slots)
+        preempted = self.batcher.preempt(self.target.num_free_slots)
+        for request in preempted:
+            self._forget(request)
+        return len(preempted)
+
+    def _propose(self, decoding: list[Request]) -> Draft:
+        # A request with room for one more token needs no draft: the target's own next token ends it.
+        rows = [b for b, r in enumerate(decoding) if self._room(r) > 1]
+        if not rows:
+            return Draft.empty(len(decoding))
+        asked = [decoding[b] for b in rows]
+        draft = self.drafter.propose(asked, self.rule).on_host()
+        assert draft.tokens.shape[1] <= self.drafter.length, (
+            "a drafter proposed more than its `length`, which counts slots"
+        )
+        for request in asked:
+            request.features_start, request.features = request.num_cached, None
+        return draft.among(rows, len(decoding))
+
+    def _choose(self, draft: Draft, decoding: list[Request], base_tokens: int) -> Tensor:
+        keep = self.scheduler.choose(draft, base_tokens)
+        room = [self._room(r) - 1 for r in decoding]
+        if min(room, default=0) < draft.tokens.shape[1]:
+            keep = keep & (draft.depth <= torch.tensor(room)[:, None])
+        return keep
+
+    def _room(self, request: Request) -> int:
+        """How many more tokens the request may get."""
+        in_context = self.max_length - len(request.tokens)
+        return min(in_context, request.num_prompt_tokens + request.params.max_tokens - len(request.tokens))
+
+    def _commit(
+        self, requests: list[Request], spans: list[Span], draft: Draft, keep: Tensor, verdict: Verdict, out: Extension
+    ) -> None:
+        """Write each verdict into its request; spans without logits are prompts that go on and have none."""
+        sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
+        next_tokens = verdict.next_tokens.tolist()
+        first_token, first_row, b = 0, 0, 0
+        for request, span in zip(requests, spans, strict=True):
+            if not span.num_logits:
+                self._cache(request, span, range(len(span.tokens)), first_token, out.features)
+                first_token += len(span.tokens)
+                continue
+            nodes = [k for k, is_kept in enumerate(kept[b]) if is_kept]
+            path = [i for i, node in enumerate(nodes) if accepted[b][node]]  # places among the kept tokens
+            # The tokens before the first row with logits are prompt; the row itself is the anchor's.
+            num_prompt = len(span.tokens) - span.num_logits
+            chosen = [*range(num_prompt + 1), *(num_prompt + 1 + i for i in path)]
+            drafted = [span.tokens[num_prompt + 1 + i] for i in path]
+            if request.params.logprobs is not None:
+                rows = torch.tensor([first_row, *(first_row + 1 + i for i in path)], device=out.logits.device)
+                new = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
+                request.logprobs += new
+            if request.generated:
+                request.rounds.append(Round(sizes[b], len(nodes), len(path)))
+            self._cache(request, span, chosen, first_token, out.features)
+            self._append(request, drafted, next_tokens[b])
+            first_token, first_row, b = first_token + len(span.tokens), first_row + span.num_logits, b + 1
+
+    def _cache(
+        self, request: Request, span: Span, chosen: Sequence[int], first_token: int, features: Tensor | None
+    ) -> None:
+        """Keep the chosen tokens of a span in the target's cache, and their features for the drafter."""
+        if len(chosen) < len(span.tokens):
+            self.target.keep(request.id, span.start, chosen)
+        request.num_cached += len(chosen)
+        if features is not None:
+            own = features[first_token : first_token + len(span.tokens)]
+            is_run = chosen[-1] == len(chosen) - 1
+            own = own[: len(chosen)] if is_run else own[torch.tensor(chosen, device=own.device)]
+            request.features = own if request.features is None else torch.cat([request.features, own])
+
+    def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
+        """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""
+        for token, is_drafted in [*((t, True) for t in drafted), (next_token, False)]:
+            request.tokens.append(token)
+            request.is_drafted.append(is_drafted)
+            if reason := self._ending(request, token):
+                del request.logprobs[len(request.generated) :]
+                self._finish(request, reason)
+                return
+
+    def _ending(self, request: Request, token: int) -> str | None:
+        params = request.params
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self.target.end_token_ids):
+            return "stop"
+        if request.text is not None and request.text.push(token):
+            return "stop"
+        return "length" if self._room(request) < 1 else None
+
+    # -- bookkeeping ----------------------------------------------------------------------------------------------------
+
+    def _tokenise(self, prompt: Prompt, params: SamplingParams, raw: bool) -> list[int]:
+        tokens = render_prompt(self.target.tokenizer, prompt, raw)
+        outside = [t for t in (*tokens, *params.logit_bias) if not 0 <= t < self.target.vocab_size]
+        if outside:
+            raise InvalidRequest(f"token ids must be in 0 .. {self.target.vocab_size - 1}; got {outside[0]}")
+        if len(tokens) >= self.max_length:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens, but this engine holds {self.max_length} with at least one to "
+                "generate: shorten the prompt, or use a target with a longer context or more slots"
+            )
+        if params.stop and self.target.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this target has none: use stop_token_ids")
+        return tokens
+
+    def _enqueue(self, tokens: list[int], params: SamplingParams) -> Request:
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(next(_request_ids), list(tokens), params, num_prompt_tokens=len(tokens), seed=seed)
+        if self.target.tokenizer is not None:
+            request.text = RunningText(self.target.tokenizer, params.stop)
+        self.batcher.waiting.append(request)
+        return request
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        if request.text is not None:
+            request.text.finish()
+        self.batcher.remove(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self.target.release(request.id)
+        self.drafter.release(request.id)
+        request.num_cached, request.features, request.features_start = 0, None, 0
+
+    def _record(
+        self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, accepted: Tensor
+    ) -> None:
+        n = len(decoding)
+        record.request_ids = [r.id for r in decoding]
+        record.drafted = draft.sizes[:n].tolist()
+        record.verified = keep[:n].sum(1).tolist()
+        record.accepted = accepted[:n].sum(1).tolist()
+        record.confidence = None if draft.confidence is None else draft.confidence[:n]
+
+
+def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:
+    """The anchor of each request and its kept draft tokens, renumbered within the span."""
+    spans = []
+    parents = [None] * len(requests) if draft.parents is None else draft.parents.tolist()
+    for request, tokens, kept, tree in zip(requests, draft.tokens.tolist(), keep.tolist(), parents, strict=True):
+        nodes = [k for k, is_kept in enumerate(kept) if is_kept]
+        place = {-1: 0} | {k: 1 + i for i, k in enumerate(nodes)}
+        span_parents = None if tree is None else [-1, *(place[tree[k]] for k in nodes)]
+        span_tokens = [request.tokens[-1], *(tokens[k] for k in nodes)]
+        spans.append(Span(request.id, request.num_cached, span_tokens, span_parents, num_logits=len(span_tokens)))
+    return spans
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A string, one conversation and one list of token ids are each a single prompt."""
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
+
+
+@contextmanager
+def _timed(record: StepRecord, phase: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    record.seconds[phase] = time.perf_counter() - begin

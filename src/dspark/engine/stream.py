@@ -1,0 +1,76 @@
+"""A request as text: while it grows, for a stream, and once it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dspark.engine.text import Detokenizer, StopStrings
+from dspark.types import Delta, Generation, Request
+
+if TYPE_CHECKING:
+    from dspark.engine.engine import Engine
+
+
+class Stream:
+    """The text of one request as it comes. `generation` is what there is so far; `close` cancels what is left."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self.request = engine, request
+
+    def __iter__(self) -> Iterator[Delta]:
+        request, num_seen = self.request, 0
+        while request.finish_reason is None or num_seen < len(request.generated):
+            while request.finish_reason is None and len(request.generated) == num_seen:
+                self._engine.step()
+            if request.finish_reason == "cancelled":
+                return
+            tokens, is_drafted = request.generated[num_seen:], request.is_drafted[num_seen:]
+            num_seen += len(tokens)
+            text = "" if request.text is None else request.text.take(tokens, request.finish_reason is not None)
+            yield Delta(text, tokens, is_drafted, request.finish_reason)
+
+    @property
+    def generation(self) -> Generation:
+        return self._engine.result(self.request)
+
+    def close(self) -> None:
+        self._engine.cancel(self.request)
+
+
+class RunningText:
+    """Text of one request. Tokens become text as they come only where a stop string or a stream needs it."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(stop)
+        self._untaken = self._whole = ""
+
+    def push(self, token: int) -> bool:
+        """Add a token if stop strings are watched for; whether one is now complete."""
+        if not self._stop:
+            return False
+        self._add(self._stop_strings.push(self._detokenizer.push([token])))
+        return self._stop_strings.found is not None
+
+    def take(self, tokens: list[int], is_last: bool) -> str:
+        """What a stream shows next, given the tokens that came since it last asked."""
+        if not self._stop:
+            self._add(self._detokenizer.push(tokens) + (self._detokenizer.flush() if is_last else ""))
+        piece, self._untaken = self._untaken, ""
+        return piece
+
+    def finish(self) -> None:
+        """No token follows: what was held back as the possible start of a stop string is text after all."""
+        if self._stop:
+            self._add(self._stop_strings.push(self._detokenizer.flush()) + self._stop_strings.flush())
+
+    def everything(self, tokens: list[int]) -> str:
+        """The text so far, streamed or not."""
+        if self._stop:
+            return self._whole
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _add(self, piece: str) -> None:
+        self._untaken += piece
+        self._whole += piece

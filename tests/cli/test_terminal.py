@@ -1,0 +1,71 @@
+"""What is counted and marked around the text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from cli.command import PAIR
+from dspark.cli.compare import Difference, first_difference
+from dspark.cli.terminal import DraftMarks, acceptance_by_position, speculation_summary, wants_colour
+from dspark.engine.text import Detokenizer, StopStrings
+from dspark.types import Delta, Round
+
+TOKENIZER = AutoTokenizer.from_pretrained(PAIR / "target")
+
+
+def test_acceptance_counts_only_positions_that_were_reached() -> None:
+    # drafted 3 each: all accepted; none; one of the two that were read; nothing read
+    rounds = [Round(3, 3, 3), Round(3, 3, 0), Round(3, 2, 1), Round(3, 0, 0)]
+    assert acceptance_by_position(rounds) == [(2, 3), (1, 2), (1, 1)]
+    assert "accepted/reached by draft position: 2/3 1/2 1/1" in speculation_summary(2.0, rounds)
+
+
+def test_plain_decoding_has_no_positions() -> None:
+    assert acceptance_by_position([Round(0, 0, 0)] * 3) == []
+    assert speculation_summary(1.0, [Round(0, 0, 0)] * 3) == "tau 1.00 over 3 target passes"
+
+
+@given(st.text("ab 😀é", max_size=40), st.lists(st.integers(1, 5), min_size=1), st.booleans())
+def test_marks_follow_the_text_of_their_tokens(text: str, sizes: list[int], has_stop: bool) -> None:
+    token_ids = TOKENIZER(text)["input_ids"]
+    is_drafted = [position % 3 != 0 for position in range(len(token_ids))]
+    detokenizer, marks = Detokenizer(TOKENIZER), DraftMarks(TOKENIZER)
+    stop_strings = StopStrings(["b a"] if has_stop else [])
+    runs: list[tuple[str, bool]] = []
+    shown, start, turn = "", 0, 0
+    while start < len(token_ids):
+        end = start + sizes[turn % len(sizes)]
+        piece = stop_strings.push(detokenizer.push(token_ids[start:end]))
+        delta_runs = list(marks.split(Delta(piece, token_ids[start:end], is_drafted[start:end])))
+        assert "".join(run for run, _ in delta_runs) == piece
+        runs, shown, start, turn = runs + delta_runs, shown + piece, end, turn + 1
+    by_token, one_by_one = [], Detokenizer(TOKENIZER)
+    for token_id, drafted in zip(token_ids, is_drafted, strict=True):
+        by_token += [(character, drafted) for character in one_by_one.push([token_id])]
+    assert [(character, drafted) for run, drafted in runs for character in run] == by_token[: len(shown)]
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "no_color", "variable", "expected"),
+    [(True, False, "", True), (False, False, "", False), (True, True, "", False), (True, False, "1", False)],
+)
+def test_colour_is_for_people_who_want_it(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, no_color: bool, variable: str, expected: bool
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setenv("TERM", "xterm")
+    assert wants_colour(stream, no_color) is expected
+
+
+def test_the_first_difference_is_found_also_where_one_ends() -> None:
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 3, 4], [1, 2, 4]) == Difference(1, 3, 2)
+    assert first_difference([1], [1, 2]) == Difference(1, None, 2)
+    assert first_difference([1, 2], [1]) == Difference(1, 2, None)

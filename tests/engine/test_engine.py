@@ -1,0 +1,212 @@
+"""What a user of the engine relies on besides equality: endings, limits, log-probabilities, features, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from dspark.drafters.draft_model import DraftModelDrafter
+from dspark.drafters.ngram import NGramDrafter
+from dspark.engine.engine import Engine
+from dspark.errors import InvalidConfiguration, InvalidRequest
+from dspark.types import Draft, SamplingParams
+from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features, reference_logits
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return random_target(tmp_path_factory.mktemp("target"))
+
+
+def plain(target, prompt, **settings):
+    return Engine(target).generate([prompt], SamplingParams(**settings))[0]
+
+
+def test_max_tokens_ends_within_a_draft(target):
+    prompt = [3, 1, 4]
+    expected = plain(target, prompt, temperature=0, max_tokens=30).token_ids
+    drafter = OracleDrafter([prompt + expected], error=0.0)
+    for n in (1, 2, 3, 7):
+        generation = Engine(target, drafter).generate([prompt], SamplingParams(temperature=0, max_tokens=n))[0]
+        assert generation.token_ids == expected[:n]
+        assert generation.finish_reason == "length"
+        assert len(generation.is_drafted) == n
+
+
+def test_stop_token_inside_a_draft_drops_the_rest(target):
+    prompt = [3, 1, 4]
+    expected = plain(target, prompt, temperature=1, seed=5, max_tokens=30).token_ids
+    stop = next(t for i, t in enumerate(expected) if i > 3 and t not in expected[:i])
+    engine = Engine(target, OracleDrafter([prompt + expected], error=0.0))
+    generation = engine.generate(
+        [prompt], SamplingParams(temperature=1, seed=5, max_tokens=30, stop_token_ids=(stop,))
+    )[0]
+    assert generation.token_ids == expected[: expected.index(stop) + 1]
+    assert generation.finish_reason == "stop"
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_context_limit_ends_a_request(tmp_path):
+    target = random_target(tmp_path, context=32)
+    for drafter in (None, NGramDrafter(), DraftModelDrafter(random_target(tmp_path, context=32))):
+        generation = Engine(target, drafter).generate([list(range(20))], SamplingParams(temperature=0, max_tokens=100))[
+            0
+        ]
+        assert (generation.finish_reason, 20 + len(generation.token_ids)) == ("length", 32)
+
+
+def test_logprobs_are_the_targets_own(target):
+    prompt = [3, 1, 4, 1, 5]
+    settings = dict(temperature=0.7, top_k=5, seed=1, max_tokens=12, logprobs=3)
+    expected = plain(target, prompt, **settings)
+    engine = Engine(target, OracleDrafter([prompt + expected.token_ids], error=0.3))
+    generation = engine.generate([prompt], SamplingParams(**settings))[0]
+    assert generation.token_ids == expected.token_ids
+    reference = reference_logits(target, prompt + generation.token_ids).log_softmax(-1)[len(prompt) - 1 : -1]
+    for row, token, entry in zip(reference, generation.token_ids, generation.logprobs, strict=True):
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+class FeatureReader(OracleDrafter):
+    """Checks what it is given, then drafts."""
+
+    feature_layers = (0, 1)
+
+    def __init__(self, target, texts, **options):
+        super().__init__(texts, **options)
+        self.target, self.seen, self.num_checked = target, {}, 0
+
+    def propose(self, requests, rule):
+        for r in requests:
+            read = self.seen.setdefault(r.id, [])
+            assert r.features_start == sum(map(len, read))
+            read.append(r.features.clone())
+            rows = torch.cat(read)
+            assert len(rows) == r.num_cached == len(r.tokens) - 1
+            expected = reference_features(self.target, r.tokens[:-1], self.feature_layers)
+            assert (rows - expected).abs().max() < 1e-4
+            self.num_checked += 1
+        return super().propose(requests, rule)
+
+    def release(self, request_id):
+        self.seen.pop(request_id, None)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_features_equal_a_fresh_forward(target, tree):
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7, 8], [5] * 20]
+    params = SamplingParams(temperature=1, seed=2, max_tokens=15)
+    texts = [p + g.token_ids for p, g in zip(prompts, Engine(target).generate(prompts, params), strict=True)]
+    drafter = FeatureReader(target, texts, tree=tree)
+    limit = target.cache.limit
+    try:
+        engine = Engine(target, drafter, "fixed:10", max_num_batched_tokens=12, num_slots=60)
+        assert [p + g.token_ids for p, g in zip(prompts, engine.generate(prompts, params), strict=True)] == texts
+    finally:
+        target.resize(limit)
+    assert drafter.num_checked > 10
+
+
+def test_sampled_output_follows_the_law_under_the_rejection_rule(tmp_path):
+    """Chi-square of the first three tokens, through the whole engine, against the law computed by plain forwards."""
+    vocab_size, prompt, num_samples = 4, [1, 2, 3, 0, 2], 4000
+    target = random_target(tmp_path / "target", seed=3, vocab_size=vocab_size)
+    other = random_target(tmp_path / "draft", seed=4, num_layers=1, vocab_size=vocab_size)
+    engine = Engine(target, DraftModelDrafter(other, length=2), "fixed:2", rule="rejection", max_num_seqs=64)
+    params = [SamplingParams(temperature=1.3, max_tokens=3, seed=i) for i in range(num_samples)]
+    generations = engine.generate([prompt] * num_samples, params)
+    counts = Counter(tuple(g.token_ids) for g in generations)
+    accepted = sum(r.accepted for g in generations for r in g.rounds) / sum(
+        r.verified for g in generations for r in g.rounds
+    )
+    assert 0.2 < accepted < 0.95  # both branches of the rule were taken
+
+    law = {}
+    for tokens in product(range(vocab_size), repeat=3):
+        probs = (reference_logits(target, prompt + list(tokens)) / 1.3).softmax(-1)
+        law[tokens] = math.prod(float(probs[len(prompt) - 1 + i, t]) for i, t in enumerate(tokens))
+    frequent = [t for t in law if law[t] * num_samples >= 5]
+    observed = [counts[t] for t in frequent]
+    expected = [law[t] * num_samples for t in frequent]
+    observed.append(num_samples - sum(observed))
+    expected.append(num_samples - sum(expected))
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_streaming_gives_what_generate_gives(target):
+    prompt, params = [3, 1, 4], SamplingParams(temperature=1, seed=9, max_tokens=20)
+    expected = Engine(target).generate([prompt], params)[0].token_ids
+    engine = Engine(target, OracleDrafter([prompt + expected]))
+    stream = engine.stream(prompt, params)
+    deltas = list(stream)
+    assert [t for d in deltas for t in d.token_ids] == expected == stream.generation.token_ids
+    assert any(len(d.token_ids) > 1 for d in deltas)
+    assert [d.finish_reason for d in deltas][-1] == "length"
+
+
+def test_closing_a_stream_frees_everything(target):
+    engine = Engine(target, NGramDrafter())
+    stream = engine.stream([3, 1, 4], SamplingParams(max_tokens=50, seed=0))
+    next(iter(stream))
+    stream.close()
+    assert stream.generation.finish_reason == "cancelled"
+    assert not engine.has_work
+    assert target.num_free_slots == target.cache.limit
+
+
+@pytest.mark.parametrize("prompt", [[], "", [[]], [VOCAB_SIZE], [-1], list(range(60)) * 5])
+def test_bad_prompts_are_refused_and_nothing_else_is_lost(target, prompt):
+    engine = Engine(target)
+    other = engine.submit([1, 2, 3], SamplingParams(max_tokens=4, seed=0))
+    with pytest.raises(InvalidRequest):
+        engine.submit(prompt)
+    while other.finish_reason is None:
+        engine.step()
+    assert len(other.generated) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": math.nan},
+        {"min_p": 1.5},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"repetition_penalty": 0.0},
+        {"stop": ("",)},
+        {"logit_bias": {1: math.nan}},
+    ],
+)
+def test_bad_sampling_parameters_are_refused(settings):
+    with pytest.raises(InvalidRequest, match=next(iter(settings))):
+        SamplingParams(**settings)
+
+
+class Anticipating:
+    anticipates = True
+
+    def choose(self, draft: Draft, base_tokens: int) -> torch.Tensor:
+        return draft.real
+
+
+def test_the_rejection_rule_refuses_an_anticipating_scheduler(target):
+    Engine(target, scheduler=Anticipating(), rule="coupled")
+    with pytest.raises(InvalidConfiguration, match="anticipate"):
+        Engine(target, scheduler=Anticipating(), rule="rejection")
+
+
+@pytest.mark.parametrize("name", ["fixed", "fixed:", "fixed:-1", "fixed:x", "threshold:nan", "auto?", ""])
+def test_unknown_schedulers_are_refused(target, name):
+    with pytest.raises(InvalidConfiguration, match="scheduler"):
+        Engine(target, scheduler=name)
