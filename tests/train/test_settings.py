@@ -1,0 +1,78 @@
+"""Recipes: those that are shipped can be read, and a typing error is never taken silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dspark.errors import InvalidConfiguration
+from dspark.losses import LossWeights
+from dspark.train.draft_lm import DraftSettings
+from dspark.train.regenerate import RegenerateSettings
+from dspark.train.settings import read_recipe
+from dspark.train.target_lm import TargetSettings
+from dspark.train.trainer import DrafterSettings, TrainSettings
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+TABLES = {
+    "target.toml": {"target": TargetSettings},
+    "text.toml": {"regenerate": RegenerateSettings},
+    "dspark.toml": {"drafter": DrafterSettings, "train": TrainSettings, "loss": LossWeights},
+    "dflash.toml": {"drafter": DrafterSettings, "train": TrainSettings, "loss": LossWeights},
+    "draft.toml": {"draft": DraftSettings},
+}
+
+
+def test_all_shipped_recipes_can_be_read() -> None:
+    assert {path.name for path in RECIPES.glob("*.toml")} == set(TABLES)
+    for name, tables in TABLES.items():
+        for table, kind in tables.items():
+            assert isinstance(read_recipe(RECIPES / name, table, kind), kind)
+
+
+def test_dspark_and_dflash_differ_in_their_heads_only() -> None:
+    dspark, dflash = (
+        [read_recipe(RECIPES / f"{name}.toml", table, kind) for table, kind in TABLES["dspark.toml"].items()]
+        for name in ("dspark", "dflash")
+    )
+    assert dspark[1:] == dflash[1:]
+    heads = {"markov_rank", "enable_confidence_head"}
+    assert {key for key, value in vars(dspark[0]).items() if getattr(dflash[0], key) != value} == heads
+
+
+def test_drafters_are_prompted_with_the_targets_own_chat_sources() -> None:
+    asked = read_recipe(RECIPES / "text.toml", "regenerate", RegenerateSettings).sources
+    learned = read_recipe(RECIPES / "target.toml", "target", TargetSettings).sources
+    assert set(asked) == {source for source in learned if source.path.endswith("chat.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[train]\nsteps = 1\nlr_matrix = 1",
+            r"unknown key 'lr_matrix' in .*a.toml \[train\]: did you mean 'lr_matrices'\?",
+        ),
+        ("[train]\nsteps = 1\nzzz = 1", "unknown key 'zzz'.*known keys: steps, tokens_per_batch"),
+        ("[train]\n", "steps"),
+        ("[trian]\nsteps = 1", r"expected a table \[train\] in .*a.toml; it has trian"),
+    ],
+)
+def test_mistakes_in_a_recipe(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidConfiguration, match=message):
+        read_recipe(tmp_path / "a.toml", "train", TrainSettings)
+
+
+def test_a_mistake_in_a_source_is_named_too(tmp_path: Path) -> None:
+    text = '[[sources]]\npath = "a"\ndomian = "math"\nshare = 1\n[regenerate]\n'
+    (tmp_path / "a.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidConfiguration, match=r"\[\[sources\]\]: did you mean 'domain'\?"):
+        read_recipe(tmp_path / "a.toml", "regenerate", RegenerateSettings)
+
+
+def test_flags_override_and_none_does_not(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[train]\nsteps = 7", encoding="utf-8")
+    assert read_recipe(tmp_path / "a.toml", "train", TrainSettings, {"steps": 3}).steps == 3
+    assert read_recipe(tmp_path / "a.toml", "train", TrainSettings, {"steps": None}).steps == 7
