@@ -1,0 +1,1 @@
+"""Measurements of this project against its peers. Nothing in `src` imports from here."""

