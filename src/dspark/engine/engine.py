@@ -149,7 +149,7 @@ class Engine:
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: its tensors would have every graph compiled again, without packed weights
     def step(self) -> StepRecord:
         """Move every running request on by one target pass."""
         record = StepRecord()
