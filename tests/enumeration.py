@@ -20,8 +20,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from dspark.budget.prefix_scheduler import falling_survival
+from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.sampling import Draws
-from dspark.types import Draft, Drafter, PrefixScheduler, Request, Rule, SamplingParams
+from dspark.types import Draft, Drafter, Load, PrefixScheduler, Request, Rule, SamplingParams
 
 Law = dict[Hashable, float]
 Table = Callable[[tuple[int, ...]], tuple[float, ...]]  # logits after a sequence of tokens
@@ -225,7 +227,8 @@ def step(
 ) -> list[list[int]]:
     """One round as the engine runs it: the tokens to commit for each request."""
     draft = drafter.propose(requests, rule)
-    keep = scheduler.choose(draft, len(requests))
+    survival = falling_survival(draft, RawBeliefs().survival(draft, requests))
+    keep = scheduler.choose(draft, survival, Load(len(requests), len(requests)))
     assert not bool((keep & ~draft.real).any())
     logits = torch.tensor([row for b, r in enumerate(requests) for row in _target_rows(draft, keep, b, r, target)])
     verdict = rule.verify(draft, keep, logits, requests)

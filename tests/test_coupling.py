@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark.noise import COUPLED
 from dspark.sampling import Draws, KeyedDraws, law
-from dspark.types import Draft, Request, Rule, SamplingParams
+from dspark.types import Draft, Load, Request, Rule, SamplingParams
 from dspark.verify import Coupled
 from tests.enumeration import TREE, TableDrafter, random_table, step
 
@@ -23,7 +23,7 @@ class Any:
 
     anticipates = True
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         keep = draft.real.clone()
         for b, tokens in enumerate(draft.tokens.tolist()):
             rng = random.Random(str(tokens))

@@ -16,7 +16,7 @@ from torch import Tensor
 import dspark.verify
 from dspark.errors import InvalidConfiguration
 from dspark.sampling import Draws, KeyedDraws, law
-from dspark.types import Draft, Request, SamplingParams
+from dspark.types import Draft, Load, Request, SamplingParams
 from dspark.verify import Coupled, Rejection, make_rule
 from tests.enumeration import (
     CHAIN,
@@ -45,7 +45,7 @@ class Fixed:
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         return draft.real & (draft.depth <= self.depth)
 
 
@@ -55,7 +55,7 @@ class Threshold(Fixed):
     def __init__(self) -> None:
         pass
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         return draft.real & (draft.confidence > 0.5).cumprod(-1).bool()
 
 
@@ -66,11 +66,11 @@ class Search(Fixed):
     def __init__(self, steps_per_second: tuple[float, ...], early_stop: bool) -> None:
         self.steps_per_second, self.early_stop, self.anticipates = steps_per_second, early_stop, not early_stop
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         survival = draft.confidence.double().cumprod(-1)
         order = survival.flatten().sort(descending=True, stable=True).indices.tolist()
         keep = torch.zeros(survival.numel(), dtype=torch.bool)
-        best, best_rate, tau = keep.clone(), base_tokens * self.steps_per_second[0], float(base_tokens)
+        best, best_rate, tau = keep.clone(), load.base_tokens * self.steps_per_second[0], float(load.base_tokens)
         for count, index in enumerate(order, 1):
             keep[index] = True
             tau += float(survival.flatten()[index])
@@ -268,7 +268,7 @@ def second_token_law(rule) -> dict:
         seen: list[int] = []
 
         class Remembers(Fixed):
-            def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+            def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
                 seen.append(int(draft.tokens[0, 1]))
                 depth = 0 if len(seen) == 1 else 1 - seen[0]
                 return draft.depth <= depth

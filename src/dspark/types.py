@@ -245,19 +245,65 @@ class Span:
 
 @dataclass
 class StepRecord:
-    """All that monitoring, calibration and evaluation may read of one engine step."""
+    """All that monitoring, calibration and evaluation may read of one engine step.
+
+    The lists have one entry per decoding request. kept, accepted_nodes, survival and parents are [B, K] as in Draft;
+    accepted_nodes are the draft tokens that the target agreed with, also where the request ended before them.
+    Predictions are what the engine believed before the target ran; 0 seconds: nothing was believed yet.
+    """
 
     request_ids: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     confidence: Tensor | None = None  # [B, K] as the drafter gave it
+    survival: Tensor | None = None  # [B, K] as believed when the scheduler chose
+    kept: Tensor | None = None
+    accepted_nodes: Tensor | None = None
+    parents: Tensor | None = None  # None: chains
+    load: Load | None = None  # what the scheduler was told
+    num_asked: int = 0  # requests that the drafter was asked about
+    skip_reason: str | None = None  # why requests with room for drafts were not drafted for
+    num_skipped: int = 0  # how many they were
+    num_faults: int = 0  # requests that lost their drafts because the drafter failed on them
+    num_tokens: int = 0  # read by the target
+    num_context_tokens: int = 0  # cached before the step, over all requests in it
+    predicted_accepted: float = 0.0
+    predicted_seconds: float = 0.0  # of everything but drafting
+    predicted_draft_seconds: float = 0.0
     num_prompt_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
     num_free_slots: int = 0
     num_preempted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: draft, schedule, target, verify, commit
+
+    @property
+    def step_seconds(self) -> float:
+        """Measured seconds of everything but drafting."""
+        return sum(self.seconds.values()) - self.draft_seconds
+
+    @property
+    def draft_seconds(self) -> float:
+        return self.seconds.get("draft", 0.0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step costs besides the draft tokens that will be verified.
+
+    base_tokens        read whatever is chosen: the anchors of the decoding requests and prompt chunks
+    num_requests       requests in the step, those that read prompts included
+    context_tokens     cached already, over all of them
+    draft_seconds      what drafting took, or is believed to have taken
+    num_prompt_tokens  of the base tokens, those of prompts
+    """
+
+    base_tokens: int
+    num_requests: int = 1
+    context_tokens: int = 0
+    draft_seconds: float = 0.0
+    num_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -346,8 +392,23 @@ class PrefixScheduler(Protocol):
 
     anticipates: bool
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
-        """keep [B, K] bool, closed under ancestors and inside `draft.real`; base_tokens are read anyway this step."""
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
+        """keep [B, K] bool, closed under ancestors and inside `draft.real`.
+
+        survival [B, K]  P(token and all its ancestors are accepted) as believed; never rises along a path
+        """
+        ...
+
+
+class Beliefs(Protocol):
+    """How likely each draft token is to survive, learned from what happened to others."""
+
+    def survival(self, draft: Draft, requests: Sequence[Request]) -> Tensor:
+        """[B, K]  P(draft token and all its ancestors are accepted). Entry k may depend on tokens before k only."""
+        ...
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a step that has been decided."""
         ...
 
 

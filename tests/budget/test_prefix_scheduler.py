@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dspark.budget.prefix_scheduler import make_scheduler, survival_of
-from dspark.types import Draft
+from dspark.budget.prefix_scheduler import falling_survival, make_scheduler, survival_of
+from dspark.budget.raw_beliefs import RawBeliefs
+from dspark.types import Draft, Load, StepRecord
 
 CHAIN = Draft(
     torch.zeros(2, 4, dtype=torch.long),
@@ -22,28 +24,43 @@ TREE = Draft(
 )
 
 
+def kept(name: str, draft: Draft) -> list[list[bool]]:
+    survival = RawBeliefs().survival(draft, ())
+    return make_scheduler(name).choose(draft, survival, Load(len(draft.sizes))).tolist()
+
+
 def test_fixed_length():
-    assert make_scheduler("fixed:3").choose(CHAIN, 2).tolist() == [
-        [True, True, True, False],
-        [True, True, False, False],
-    ]
-    assert make_scheduler("fixed:0").choose(CHAIN, 2).sum() == 0
-    assert make_scheduler("fixed:2").choose(TREE, 1).tolist() == [[True, True, True, False, False]]
+    assert kept("fixed:3", CHAIN) == [[True, True, True, False], [True, True, False, False]]
+    assert kept("fixed:0", CHAIN) == [[False] * 4] * 2
+    assert kept("fixed:2", TREE) == [[True, True, True, False, False]]
 
 
 def test_threshold_stops_at_the_first_doubt():
-    keep = make_scheduler("threshold:0.6").choose(CHAIN, 2)
-    assert keep.tolist() == [[True, False, False, False], [True, True, False, False]]
-    assert make_scheduler("threshold:0.6").choose(TREE, 1).tolist() == [[True, False, True, False, True]]
-    assert make_scheduler("threshold:0").choose(CHAIN, 2).sum() == 6
+    assert kept("threshold:0.6", CHAIN) == [[True, False, False, False], [True, True, False, False]]
+    assert kept("threshold:0.8", CHAIN) == [[True, False, False, False], [True, True, False, False]]
+    assert kept("threshold:0.6", TREE) == [[True, False, True, False, True]]
+    assert kept("threshold:0", CHAIN) == CHAIN.real.tolist()
 
 
-def test_threshold_without_confidences_keeps_everything(caplog):
-    scheduler = make_scheduler("threshold:0.6")
+def test_threshold_of_running_acceptance():
+    """Without confidences the threshold is about how earlier drafts fared: here the second token was always refused."""
+    beliefs = RawBeliefs()
     draft = Draft(CHAIN.tokens, CHAIN.sizes)
-    assert torch.equal(scheduler.choose(draft, 2), draft.real)
-    scheduler.choose(draft, 2)
-    assert len(caplog.records) == 1
+    scheduler = make_scheduler("threshold:0.6")
+    assert torch.equal(scheduler.choose(draft, beliefs.survival(draft, ()), Load(2)), draft.real)  # optimistic at first
+    right = torch.tensor([[True, False, False, False]] * 2)
+    for _ in range(10):
+        beliefs.observe(StepRecord(kept=draft.real, accepted_nodes=right))
+    assert scheduler.choose(draft, beliefs.survival(draft, ()), Load(2)).tolist() == right.tolist()
+    assert beliefs.tried.tolist() == [20, 20, 0, 0]  # tokens behind a refused one carry no label
+
+
+def test_nonsense_beliefs_become_survival():
+    nonsense = torch.tensor([[0.5, float("nan"), 3.0, 0.9], [2.0, 1.0, 0.4, 0.4]])
+    assert falling_survival(CHAIN, nonsense).tolist() == [[0.5, 0, 0, 0], [1, 1, 0, 0]]
+    assert falling_survival(TREE, torch.tensor([[0.5, 0.6, 0.4, 0.2, 0.45]])).tolist() == [
+        [0.5, 0.5, pytest.approx(0.4), pytest.approx(0.2), pytest.approx(0.4)]
+    ]
 
 
 def test_survival_is_the_product_along_the_path():

@@ -14,7 +14,7 @@ from dspark.drafters.draft_model import DraftModelDrafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration, InvalidRequest
-from dspark.types import Draft, SamplingParams
+from dspark.types import Draft, Load, SamplingParams
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features, reference_logits
 
 
@@ -196,7 +196,7 @@ def test_bad_sampling_parameters_are_refused(settings):
 class Anticipating:
     anticipates = True
 
-    def choose(self, draft: Draft, base_tokens: int) -> torch.Tensor:
+    def choose(self, draft: Draft, survival: torch.Tensor, load: Load) -> torch.Tensor:
         return draft.real
 
 

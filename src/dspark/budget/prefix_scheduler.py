@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dspark.errors import InvalidConfiguration
-from dspark.types import Draft, PrefixScheduler
+from dspark.types import Draft, Load, PrefixScheduler
 
-log = logging.getLogger(__name__)
+_ROUNDING = 1e-6  # a product divided by its factor is not quite the other factor
 
 
 def along_paths(draft: Draft, start: Tensor, step: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -23,15 +22,28 @@ def along_paths(draft: Draft, start: Tensor, step: Callable[[Tensor, int], Tenso
     rows = torch.arange(draft.tokens.shape[0])
     values = [start]  # index 0 is the anchor, index k + 1 draft token k
     for k in range(draft.tokens.shape[1]):
-        before = values[-1] if draft.parents is None else torch.stack(values, 1)[rows, draft.parents[:, k] + 1]
+        if draft.parents is None:
+            before = values[-1]
+        else:  # what lies in padding may point anywhere
+            before = torch.stack(values, 1)[rows, draft.parents[:, k].clamp(max=k - 1) + 1]
         values.append(step(before, k))
     return torch.stack(values[1:], 1) if len(values) > 1 else start.new_zeros(len(start), 0)
 
 
 def survival_of(draft: Draft, confidence: Tensor) -> Tensor:
     """[B, K]  probability that each draft token and all its ancestors are accepted (paper 3.2.2)."""
+    if draft.parents is None:
+        return confidence.cumprod(1)
     start = torch.ones(draft.tokens.shape[0], dtype=confidence.dtype)
     return along_paths(draft, start, lambda before, k: before * confidence[:, k])
+
+
+def falling_survival(draft: Draft, survival: Tensor) -> Tensor:
+    """[B, K]  beliefs made fit for schedulers: within 0 .. 1, 0 on padding and nonsense, never rising along a path."""
+    within = survival.nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0) * draft.real
+    if draft.parents is None:
+        return within.cummin(1).values if within.numel() else within
+    return along_paths(draft, within.new_ones(len(within)), lambda before, k: torch.minimum(before, within[:, k]))
 
 
 class FixedLength:
@@ -42,32 +54,34 @@ class FixedLength:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         return draft.real & (draft.depth <= self.length)
 
 
 class ConfidenceThreshold:
     """Stop at the first token less likely to be accepted than `threshold` (the released code's static rule).
 
-    Confidence k is known before token k is drawn, so this does not anticipate. Drafters without confidences are verified
-    whole, which is said once.
+    The confidence of a token, given that its ancestors are accepted, is read back from believed survival: the drafter's
+    own, calibrated, or the running acceptance at its depth. It is known before the token is drawn, so this does not
+    anticipate.
     """
 
     anticipates = False
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._has_warned = False
 
-    def choose(self, draft: Draft, base_tokens: int) -> Tensor:
-        if draft.confidence is None:
-            if not self._has_warned and draft.tokens.numel():
-                log.warning("the drafter gives no confidences: threshold:%g verifies every draft token", self.threshold)
-                self._has_warned = True
-            return draft.real
-        sure = draft.real & (draft.confidence >= self.threshold)
-        start = torch.ones(draft.tokens.shape[0], dtype=torch.bool)
-        return along_paths(draft, start, lambda before, k: before & sure[:, k])
+    def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
+        start = torch.ones(draft.tokens.shape[0], dtype=survival.dtype)
+        below = survival < self.threshold * parent_survival(draft, survival) * (1 - _ROUNDING)
+        sure = draft.real & ~below
+        return along_paths(draft, start > 0, lambda before, k: before & sure[:, k])
+
+
+def parent_survival(draft: Draft, survival: Tensor) -> Tensor:
+    """[B, K]  survival of each token's predecessor; 1 for the anchor."""
+    with_anchor = torch.cat([survival.new_ones(len(survival), 1), survival], 1)
+    return with_anchor[:, :-1] if draft.parents is None else with_anchor.gather(1, draft.parents + 1)
 
 
 def make_scheduler(name: str | PrefixScheduler) -> PrefixScheduler:

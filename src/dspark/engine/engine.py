@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dspark.budget.prefix_scheduler import make_scheduler
+from dspark.budget.prefix_scheduler import falling_survival, make_scheduler
+from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
 from dspark.engine.stream import RunningText, Stream
@@ -21,9 +22,11 @@ from dspark.errors import InvalidConfiguration, InvalidRequest
 from dspark.sampling import KeyedDraws, token_logprobs
 from dspark.target.target import Extension, Target
 from dspark.types import (
+    Beliefs,
     Draft,
     Drafter,
     Generation,
+    Load,
     Observer,
     PrefixScheduler,
     Request,
@@ -43,6 +46,7 @@ class Engine:
 
     target, drafter     from `load_target` and `load_drafter`; no drafter is plain decoding
     scheduler           which draft tokens are verified: `fixed:7`, `threshold:0.6`, or a PrefixScheduler
+    beliefs             how likely draft tokens are to survive; None: the drafter's confidences, or running acceptance
     rule                `coupled`: same seed, same text, with and without speculation. `rejection`: the paper's rule
     max_num_seqs        requests decoded together at most
     max_num_batched_tokens  prompts are read in chunks that fill a step up to this many tokens
@@ -63,9 +67,11 @@ class Engine:
         num_slots: int | None = None,
         compile: bool = False,
         observers: Sequence[Observer] = (),
+        beliefs: Beliefs | None = None,
     ) -> None:
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.scheduler = make_scheduler(scheduler)
+        self.beliefs = RawBeliefs() if beliefs is None else beliefs
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         if self.scheduler.anticipates and not self.rule.allows_anticipation:
             raise InvalidConfiguration(
@@ -160,8 +166,7 @@ class Engine:
         with _timed(record, "draft"):
             draft = self._propose(decoding)
         with _timed(record, "schedule"):
-            base_tokens = len(decoding) + sum(len(span.tokens) for _, span in prompts)
-            keep = self._choose(draft, decoding, base_tokens)
+            keep = self._choose(record, draft, decoding, prompts)
             spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
         if spans:
             with _timed(record, "target"):
@@ -175,8 +180,9 @@ class Engine:
                 self._record(record, decoding, draft, keep, verdict.accepted)
                 self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
-        record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
+        record.num_tokens = sum(len(span.tokens) for span in spans)
         record.num_free_slots = self.target.num_free_slots
+        self.beliefs.observe(record)
         for observe in self.observers:
             observe(record)
         return record
@@ -202,8 +208,19 @@ class Engine:
             request.features_start, request.features = request.num_cached, None
         return draft.among(rows, len(decoding))
 
-    def _choose(self, draft: Draft, decoding: list[Request], base_tokens: int) -> Tensor:
-        keep = self.scheduler.choose(draft, base_tokens)
+    def _choose(
+        self, record: StepRecord, draft: Draft, decoding: list[Request], prompts: list[tuple[Request, Span]]
+    ) -> Tensor:
+        record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
+        record.num_context_tokens = sum(r.num_cached for r in decoding) + sum(span.start for _, span in prompts)
+        record.load = Load(
+            base_tokens=len(decoding) + record.num_prompt_tokens,
+            num_requests=len(decoding) + len(prompts),
+            context_tokens=record.num_context_tokens,
+            num_prompt_tokens=record.num_prompt_tokens,
+        )
+        record.survival = falling_survival(draft, self.beliefs.survival(draft, decoding))
+        keep = self.scheduler.choose(draft, record.survival, record.load)
         room = [self._room(r) - 1 for r in decoding]
         if min(room, default=0) < draft.tokens.shape[1]:
             keep = keep & (draft.depth <= torch.tensor(room)[:, None])
@@ -318,6 +335,10 @@ class Engine:
         record.verified = keep[:n].sum(1).tolist()
         record.accepted = accepted[:n].sum(1).tolist()
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
+        record.parents = None if draft.parents is None else draft.parents[:n]
+        record.kept, record.accepted_nodes = keep[:n], accepted[:n]
+        if record.survival is not None:
+            record.predicted_accepted = float((record.survival * keep[:n]).sum())
 
 
 def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:
