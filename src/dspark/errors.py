@@ -23,3 +23,15 @@ class CheckpointError(DSparkError):
 
 class OutOfSlots(DSparkError):
     """The KV cache is full. The engine counts slots before each step, so a user sees this only for a request that can never fit."""
+
+
+class QueueFull(DSparkError):
+    """More requests wait than the operator allows. Nothing is wrong with this one: try again after `retry_seconds`."""
+
+    def __init__(self, message: str, retry_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class ShuttingDown(DSparkError):
+    """Running requests are being finished and no new one is taken."""

@@ -326,6 +326,34 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class RequestRecord:
+    """All that metrics, canaries and logs may read of one request once it has ended. Times are `time.monotonic()`.
+
+    arrival_seconds      handed to the engine's worker
+    start_seconds        the first step it took part in began; None: it ended while waiting
+    first_token_seconds  its first token was committed; None: there was none
+    token_seconds        per generated token; those of one step share theirs
+    """
+
+    request_id: int
+    params: SamplingParams
+    seed: int
+    drafter: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str
+    rounds: list[Round]
+    arrival_seconds: float
+    start_seconds: float | None
+    finish_seconds: float
+    token_seconds: list[float]
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return self.token_seconds[0] if self.token_seconds else None
+
+
+@dataclass(frozen=True)
 class Delta:
     """What one step added to a streamed request."""
 
@@ -333,6 +361,7 @@ class Delta:
     token_ids: list[int]
     is_drafted: list[bool]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Rule(Protocol):
@@ -413,3 +442,4 @@ class Beliefs(Protocol):
 
 
 Observer = Callable[[StepRecord], Any]
+RequestObserver = Callable[[RequestRecord], Any]

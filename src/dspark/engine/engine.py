@@ -110,11 +110,10 @@ class Engine:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}; got {len(each)}")
-        ids = [
-            self._tokenise(p, s, raw) for p, s in zip(prompts, each, strict=True)
-        ]  # all are checked before any starts
-        requests = [self._enqueue(i, s) for i, s in zip(ids, each, strict=True)]
+        requests = [self.prepare(p, s, raw) for p, s in zip(prompts, each, strict=True)]  # checked before any starts
         try:
+            for request in requests:
+                self.enqueue(request)
             while any(r.finish_reason is None for r in requests):
                 self.step()
         finally:
@@ -128,13 +127,34 @@ class Engine:
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
         """Queue a prompt; `step` until `finish_reason` is set, then ask for `result`."""
+        return self.enqueue(self.prepare(prompt, params, raw))
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
+        """Check a prompt and make a request of it, which `enqueue` takes. Any thread may do this while another steps."""
         params = params or SamplingParams()
-        return self._enqueue(self._tokenise(prompt, params, raw), params)
+        tokens = self._tokenise(prompt, params, raw)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(next(_request_ids), list(tokens), params, num_prompt_tokens=len(tokens), seed=seed)
+        if self.target.tokenizer is not None:
+            request.text = RunningText(self.target.tokenizer, params.stop)
+        return request
+
+    def enqueue(self, request: Request) -> Request:
+        """Let a prepared request wait for its turn."""
+        self.batcher.waiting.append(request)
+        return request
 
     def cancel(self, request: Request) -> None:
         """Stop a request and free all it holds; a finished one stays as it is."""
         if request.finish_reason is None:
             self._finish(request, "cancelled")
+
+    def fail_running(self) -> list[Request]:
+        """After `step` raised: end the requests that were in it with reason `error` and free all they hold."""
+        failed = list(self.batcher.running or self.batcher.waiting)  # nobody runs: it failed to let them in
+        for request in failed:
+            self._finish(request, "error")
+        return failed
 
     def result(self, request: Request) -> Generation:
         """What a request has produced so far."""
@@ -305,14 +325,6 @@ class Engine:
         if params.stop and self.target.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this target has none: use stop_token_ids")
         return tokens
-
-    def _enqueue(self, tokens: list[int], params: SamplingParams) -> Request:
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(next(_request_ids), list(tokens), params, num_prompt_tokens=len(tokens), seed=seed)
-        if self.target.tokenizer is not None:
-            request.text = RunningText(self.target.tokenizer, params.stop)
-        self.batcher.waiting.append(request)
-        return request
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

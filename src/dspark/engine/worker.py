@@ -1,0 +1,295 @@
+"""One thread that steps an engine for callers on other threads, and outlives whatever a step does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from dspark.engine.engine import Engine
+from dspark.errors import QueueFull, ShuttingDown
+from dspark.types import Delta, Observer, Request, RequestObserver, RequestRecord, StepRecord
+
+log = logging.getLogger(__name__)
+
+Sink = Callable[[Delta], Any]
+IdleTask = Callable[[], bool]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request, where its deltas go, and when what happened (monotonic seconds)."""
+
+    request: Request
+    sink: Sink
+    arrival: float
+    start: float | None = None
+    token_seconds: list[float] = field(default_factory=list)
+
+
+class Worker:
+    """Steps `engine` on a thread of its own. All public methods may be called from any thread and never wait for a step.
+
+    max_waiting       requests that may wait beyond those that run; `submit` refuses more
+    stuck_seconds     a step that takes longer is reported, and `is_stuck` until it ends
+    observers         called with every StepRecord
+    on_finished       called with a RequestRecord whenever a request ends, whatever ended it
+    idle_tasks        called while there is nothing to do, in turn; each does a little (at most about one step) and returns
+                      whether it has more. Requests go first: the next one is looked for after every call.
+    drafter           how records name the engine's drafter
+
+    Observers, on_finished and idle tasks run on the worker's thread. One that raises is logged and not called again:
+    watching must never cost a request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 256,
+        stuck_seconds: float = 120.0,
+        observers: Iterable[Observer] = (),
+        on_finished: Iterable[RequestObserver] = (),
+        idle_tasks: Iterable[IdleTask] = (),
+        drafter: str | None = None,
+    ) -> None:
+        self.engine, self.max_waiting, self.stuck_seconds = engine, max_waiting, stuck_seconds
+        self.drafter = drafter or type(engine.drafter).__name__
+        self.observers: list[Observer] = list(observers)
+        self.on_finished: list[RequestObserver] = list(on_finished)
+        self.idle_tasks: list[IdleTask] = list(idle_tasks)
+        self.num_faults = 0  # steps that raised
+        self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._jobs: dict[int, _Job] = {}  # of the worker's thread alone
+        self._num_open = 0  # submitted and not ended, under the lock
+        self._lock = threading.Lock()
+        self._draining, self._ended = False, threading.Event()
+        self._step_began: float | None = None
+        self._finish_gap, self._last_finish = 0.0, 0.0  # smoothed seconds between two finished requests
+        self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="dspark-watchdog", daemon=True)
+
+    # -- what callers use ------------------------------------------------------------------------------------------------
+
+    def start(self) -> Worker:
+        self._thread.start()
+        self._watchdog.start()
+        return self
+
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
+        """Take prepared requests, all or none. Every sink gets its request's deltas, the last with a finish_reason.
+
+        Sinks are called on the worker's thread and must return at once. Raises QueueFull and ShuttingDown.
+        """
+        arrival = time.monotonic()
+        with self._lock:
+            if self._draining or not self._thread.is_alive():
+                raise ShuttingDown("the server is shutting down: no new request is taken")
+            if self._num_open + len(requests) > self.engine.batcher.max_running + self.max_waiting:
+                raise QueueFull(
+                    f"{self._num_open} requests are running or waiting, and {self.max_waiting} may wait: try again later",
+                    retry_seconds=self._retry_seconds(),
+                )
+            self._num_open += len(requests)
+            jobs = [_Job(request, sink, arrival) for request, sink in zip(requests, sinks, strict=True)]
+            self._inbox.put(partial(self._accept, jobs))
+
+    def cancel(self, request: Request) -> None:
+        """End a request with reason `cancelled` before the next step; one that has ended stays as it is."""
+        self._inbox.put(partial(self.engine.cancel, request))
+
+    def wake(self) -> None:
+        """Ask the idle tasks again."""
+        self._inbox.put(_nothing)
+
+    def begin_drain(self) -> None:
+        """Take no new requests; the thread ends once those it has are finished."""
+        with self._lock:
+            self._draining = True
+        self.wake()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Finish what was taken and stop. Whether all of it was finished; after `timeout` seconds the rest is cancelled."""
+        self.begin_drain()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        is_done = not self._thread.is_alive()
+        self.close()
+        return is_done
+
+    def close(self, timeout: float | None = 30.0) -> None:
+        """Cancel everything and stop; waits for the current step."""
+        self.begin_drain()
+        self._inbox.put(self._cancel_all)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        self._ended.set()
+        if self._watchdog.ident is not None:
+            self._watchdog.join(timeout)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the current step has been running for more than `stuck_seconds`."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > self.stuck_seconds
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and have not ended."""
+        return self._num_open
+
+    # -- the thread ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._obey():
+            if self.engine.has_work:
+                self._step()
+            self._deliver()
+            if not self.engine.has_work and self._inbox.empty():
+                self._rest()
+
+    def _obey(self) -> bool:
+        """Do what callers asked for; False once there is nothing left to do, ever."""
+        while not self._inbox.empty():
+            self._inbox.get()()
+        return not self._draining or bool(self._jobs) or not self._inbox.empty()
+
+    def _rest(self) -> None:
+        """Idle tasks while they have something to do, else wait for a caller."""
+        for task in list(self.idle_tasks):
+            if self._guarded(self.idle_tasks, task):
+                return
+        if not self._draining:
+            self._inbox.get()()
+
+    def _step(self) -> None:
+        self._step_began = began = time.monotonic()
+        try:
+            record = self.engine.step()
+        except Exception:  # whatever it was, the other requests must go on
+            self.num_faults += 1
+            failed = self.engine.fail_running()
+            log.exception("a step raised: its %d requests fail, the others go on", len(failed))
+            return
+        finally:
+            self._step_began = None
+        self._note_starts(record, began)
+        for observe in list(self.observers):
+            self._guarded(self.observers, observe, record)
+
+    def _note_starts(self, record: StepRecord, began: float) -> None:
+        waiting = {request.id for request in self.engine.batcher.waiting} if record.num_waiting else set()
+        for job in self._jobs.values():
+            if job.start is None and job.request.id not in waiting:
+                job.start = began
+
+    def _accept(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            self._jobs[job.request.id] = job
+            self.engine.enqueue(job.request)
+
+    def _cancel_all(self) -> None:
+        for job in self._jobs.values():
+            self.engine.cancel(job.request)
+
+    def _deliver(self) -> None:
+        """Hand out what every request got since the last time, and close those that have ended."""
+        now, ended = time.monotonic(), []
+        for job in self._jobs.values():
+            request, num_seen = job.request, len(job.token_seconds)
+            num_new = len(request.tokens) - request.num_prompt_tokens - num_seen
+            if not num_new and request.finish_reason is None:
+                continue
+            job.token_seconds += [now] * num_new
+            if request.finish_reason is not None:
+                ended.append(job)
+            self._hand_out(job, num_seen)
+        for job in ended:
+            self._close(job, now)
+
+    def _hand_out(self, job: _Job, num_seen: int) -> None:
+        try:
+            delta = _delta(job.request, num_seen)
+        except Exception:
+            log.exception("request %d fails: its tokens could not be turned into text", job.request.id)
+            self.engine.cancel(job.request)
+            delta = Delta("", [], [], "error")
+        try:
+            job.sink(delta)
+        except Exception:
+            log.exception("request %d is cancelled: nobody takes its output", job.request.id)
+            self.engine.cancel(job.request)  # the next round closes it
+
+    def _close(self, job: _Job, now: float) -> None:
+        del self._jobs[job.request.id]
+        with self._lock:
+            self._num_open -= 1
+            gap, self._last_finish = now - (self._last_finish or job.arrival), now
+            self._finish_gap += 0.1 * (gap - self._finish_gap) if self._finish_gap else gap
+        if self.on_finished:
+            record = self._record(job, now)
+            for observe in list(self.on_finished):
+                self._guarded(self.on_finished, observe, record)
+
+    def _record(self, job: _Job, now: float) -> RequestRecord:
+        request = job.request
+        return RequestRecord(
+            request_id=request.id,
+            params=request.params,
+            seed=request.seed,
+            drafter=self.drafter,
+            prompt_token_ids=request.tokens[: request.num_prompt_tokens],
+            token_ids=request.generated,
+            finish_reason=request.finish_reason or "unfinished",
+            rounds=list(request.rounds),
+            arrival_seconds=job.arrival,
+            start_seconds=job.start,
+            finish_seconds=now,
+            token_seconds=job.token_seconds,
+        )
+
+    def _guarded(self, those: list[Any], call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception:  # it only watches; what it watches must go on
+            log.exception("%r raised and is not called again", call)
+            those.remove(call)
+            return None
+
+    def _retry_seconds(self) -> int:
+        return max(1, min(60, math.ceil(self._finish_gap * self.max_waiting / 2)))
+
+    def _watch(self) -> None:
+        interval = max(0.05, min(5.0, self.stuck_seconds / 4))
+        reported: float | None = None
+        while not self._ended.wait(interval):
+            if self.is_stuck and self._step_began != reported:
+                reported = self._step_began
+                log.error("a step has been running for more than %g s: the engine is stuck", self.stuck_seconds)
+            if not self._thread.is_alive():
+                return
+
+
+def _delta(request: Request, num_seen: int) -> Delta:
+    tokens = request.tokens[request.num_prompt_tokens + num_seen :]
+    text = "" if request.text is None else request.text.take(tokens, request.finish_reason is not None)
+    logprobs = request.logprobs[num_seen:] if request.params.logprobs is not None else []
+    return Delta(text, tokens, request.is_drafted[num_seen:], request.finish_reason, logprobs)
+
+
+def _nothing() -> None:
+    pass
