@@ -12,7 +12,7 @@ import dspark
 from dspark.noise import COUPLED, gumbel
 from dspark.target.target import Target
 from dspark.train.acceptance import Outcome, load_guesser, walk
-from dspark.train.traces import Text
+from dspark.train.texts import Text
 
 PAIR = Path(__file__).parents[2] / "pairs" / "tiny"
 QUESTIONS = ["What is a river?", "Tom has 3 apples and buys 4 more. How many has he?", "Write a function that adds."]
@@ -35,7 +35,7 @@ def test_every_round_is_the_engines(name: str, target: Target) -> None:
     plain = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()
     guesser = load_guesser(PAIR / name, plain, torch.float32, block_size=7)
     texts = [
-        Text(torch.tensor(g.prompt_token_ids + g.token_ids, dtype=torch.int32), len(g.prompt_token_ids))
+        Text.after_prompt(torch.tensor(g.prompt_token_ids + g.token_ids, dtype=torch.int32), len(g.prompt_token_ids))
         for g in decoded
     ]
     noise = torch.stack(

@@ -28,7 +28,8 @@ from dspark.drafters.block_model import BlockConfig, BlockModel, TraceBatch
 from dspark.train.data import Source, load_prompts
 from dspark.train.regenerate import RegenerateSettings, end_tokens_of, write_answers
 from dspark.train.settings import read_recipe
-from dspark.train.traces import TargetStates, Text, pad
+from dspark.train.texts import Text, pad
+from dspark.train.traces import TargetStates
 
 
 class Guesser(Protocol):
@@ -174,7 +175,10 @@ def measure(
             return (logits.float().log_softmax(-1) + noise[owners, num_written]).argmax(-1)
 
         answers = write_answers(target, chosen, draw, max_new, end_tokens_of(target))
-        texts = [Text(torch.tensor(p + a, dtype=torch.int32), len(p)) for p, a in zip(chosen, answers, strict=True)]
+        texts = [
+            Text.after_prompt(torch.tensor(p + a, dtype=torch.int32), len(p))
+            for p, a in zip(chosen, answers, strict=True)
+        ]
         for name, guesser in guessers.items():
             matched = guesser.matches(texts, noise)
             accepted[name] += [r for i, answer in enumerate(answers) if (r := walk(matched[i], len(answer)))]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dspark.losses import l1_and_cross_entropy
 from dspark.train.optim import RunningMean, make_optimizers, set_learning_rate, trapezoid
 from dspark.train.settings import read_recipe
-from dspark.train.traces import batches, pad, read_texts
+from dspark.train.texts import batches, pad, read_texts
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from dspark.losses import Losses, LossWeights
 from dspark.train.anchors import choose_anchors
 from dspark.train.optim import RunningMean, make_optimizers, set_learning_rate, trapezoid
 from dspark.train.settings import read_recipe
-from dspark.train.traces import TargetStates, Text, batches, pad, read_texts, split_validation
+from dspark.train.texts import Text, batches, pad, read_texts, split_validation
+from dspark.train.traces import TargetStates
 
 
 @dataclass(frozen=True)
