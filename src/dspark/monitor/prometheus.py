@@ -1,0 +1,295 @@
+"""`/metrics`: what an operator asks of a server that speculates. Counters first, so that any window can be asked for.
+
+The four `vllm:spec_decode_*` counters carry vLLM's names and meaning, so that tools made for it (`vllm bench serve`)
+read them here. Everything else is `dspark_*`. Labels come from closed sets: no request can add a time series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from dspark.errors import DSparkError
+from dspark.monitor.calibration_error import Reliability
+from dspark.monitor.speedup import PlainReference
+from dspark.types import StepRecord
+
+try:
+    import prometheus_client as prom
+except ImportError as error:
+    raise DSparkError('metrics need prometheus-client: pip install "dspark[serve]"') from error
+
+if TYPE_CHECKING:
+    from dspark.monitor.canaries import Outcome
+    from dspark.monitor.finished import FinishedRequest
+
+MAX_POSITIONS = 32  # draft positions with a series of their own; deeper ones count with the last
+PHASES = ("admit", "draft", "schedule", "target", "verify", "commit")
+FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
+OBJECTIVES = ("ttft", "per_token")
+OUTCOMES = ("equal", "explained", "unexplained", "abandoned")
+_OTHER = "other"
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
+_LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Latency that a request should keep; a request that does is `good` in `dspark_slo_good_total`.
+
+    ttft_seconds       from arrival to the first token
+    per_token_seconds  mean time of every later token
+    """
+
+    ttft_seconds: float = 1.0
+    per_token_seconds: float = 0.1
+
+
+class Metrics:
+    """Observes every engine step (`step`) and every finished request (`request`); `render` is the page that is scraped.
+
+    target, drafter  names as the server was started with them: labels of the counters
+    num_slots        tokens that the KV cache holds
+    """
+
+    def __init__(
+        self, target: str, drafter: str, num_slots: int, objectives: Objectives | None = None, process: bool = True
+    ) -> None:
+        self.target, self.drafter, self.num_slots = target, drafter, num_slots
+        self.objectives = objectives or Objectives()
+        prom.disable_created_metrics()  # `vllm bench serve` adds up every line of a name, creation times included
+        self.registry = prom.CollectorRegistry()
+        self.plain = PlainReference()
+        self.reliability = Reliability()
+        self._make_speculation()
+        self._make_engine()
+        self._make_requests()
+        self._make_checks()
+        self._info(target, drafter)
+        if process:
+            from dspark.monitor.resources import GpuCollector
+
+            prom.ProcessCollector(registry=self.registry)
+            self.registry.register(GpuCollector())
+
+    def render(self) -> bytes:
+        """The page that Prometheus scrapes, in its text format (`content_type`)."""
+        page: bytes = prom.generate_latest(self.registry)
+        return page
+
+    content_type: str = prom.CONTENT_TYPE_LATEST
+
+    # -- definitions ----------------------------------------------------------------------------------------------------
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Any:
+        return prom.Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Any:
+        return prom.Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Any:
+        return prom.Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def _info(self, target: str, drafter: str) -> None:
+        from dspark import __version__
+
+        info = prom.Info("dspark_build", "what is being served", registry=self.registry)
+        info.info({"version": __version__, "target": target, "drafter": drafter})
+
+    def _make_speculation(self) -> None:
+        def vllm(name: str, text: str) -> Any:
+            return self._counter(f"vllm:spec_decode_{name}", text, ["model_name"]).labels(self.target)
+
+        def ours(name: str, text: str) -> Any:
+            return self._counter(f"dspark_{name}", text, ["drafter"]).labels(self.drafter)
+
+        self.num_drafts = vllm("num_drafts", "drafts of which the target read at least one token")
+        self.num_draft_tokens = vllm("num_draft_tokens", "draft tokens that the target read")
+        self.num_accepted_tokens = vllm("num_accepted_tokens", "draft tokens accepted")
+        name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "draft tokens accepted, by position in the draft"
+        per_position = self._counter(name, text, ["model_name", "position"])
+        self.accepted_at = [per_position.labels(self.target, str(k)) for k in range(MAX_POSITIONS)]
+        reached = self._counter("dspark_reached_tokens_per_pos", "draft tokens judged, by position", ["position"])
+        self.reached_at = [reached.labels(str(k)) for k in range(MAX_POSITIONS)]
+
+        self.drafted = ours("drafted_tokens", "draft tokens proposed, read or not")
+        self.pruned = ours("pruned_draft_tokens", "draft tokens proposed that the scheduler left unread")
+        self.wasted = ours("wasted_draft_tokens", "draft tokens read and rejected")
+        self.proposals = ours("proposals", "decoding passes of a request for which anything was proposed")
+        self.first_hits = ours("first_token_hits", "drafts whose first token was accepted")
+        self.full_hits = ours("full_draft_hits", "drafts accepted whole, nothing of them pruned")
+        self.emitted_by_drafter = ours("accepted_tokens", "draft tokens accepted, by who proposed them")
+        self.skipped = ours("skipped_drafts", "decoding passes of a request for which nothing was proposed")
+        self.verified_length = self._histogram("dspark_verified_length", "draft tokens read per pass", _LENGTHS)
+
+    def _make_engine(self) -> None:
+        self.passes = self._counter("dspark_decode_passes", "target passes of decoding requests, one each per step")
+        self.committed = self._counter("dspark_committed_tokens", "tokens committed by decoding passes")
+        self.prompt_tokens = self._counter("dspark_prompt_tokens", "prompt tokens read")
+        self.preempted = self._counter("dspark_preemptions", "requests put back into the queue for lack of slots")
+        self.steps = self._histogram("dspark_step_seconds", "seconds per engine step", _STEP)
+        phase = self._counter("dspark_phase_seconds", "seconds of engine steps, by phase", ["phase"])
+        self.phase_seconds = {name: phase.labels(name) for name in (*PHASES, _OTHER)}
+        self.running = self._gauge("dspark_requests_running", "requests being decoded or read")
+        self.waiting = self._gauge("dspark_requests_waiting", "requests in the queue")
+        self.kv_usage = self._gauge("dspark_kv_usage_ratio", "share of the KV slots in use")
+        self._gauge("dspark_kv_slots", "tokens that the KV cache holds").set(self.num_slots)
+        self.speculative_seconds = self._counter(
+            "dspark_speculative_seconds", "seconds of speculative steps whose plain cost is known"
+        )
+        self.plain_seconds = self._counter(
+            "dspark_plain_equivalent_seconds", "seconds that plain decoding takes for the tokens of the same steps"
+        )
+        speedup = self._gauge(
+            "dspark_speedup_vs_plain", "recent measured speed-up; NaN until plain steps were measured"
+        )
+        speedup.set_function(lambda: self.plain.speedup)
+
+    def _make_requests(self) -> None:
+        finished = self._counter("dspark_requests_finished", "requests that ended", ["reason"])
+        self.finished = {reason: finished.labels(reason) for reason in (*FINISH_REASONS, _OTHER)}
+        self.generated = self._counter("dspark_generation_tokens", "tokens in finished requests")
+        self.ttft = self._histogram("dspark_time_to_first_token_seconds", "from arrival to the first token", _LATENCY)
+        self.inter_token = self._histogram(
+            "dspark_inter_token_latency_seconds", "between two streamed events of a request", _LATENCY
+        )
+        self.per_output_token = self._histogram(
+            "dspark_time_per_output_token_seconds", "mean per token after the first, by request", _LATENCY
+        )
+        self.e2e = self._histogram("dspark_e2e_request_latency_seconds", "from arrival to the last token", _LATENCY)
+        self.queue = self._histogram("dspark_request_queue_time_seconds", "from arrival to the first step", _LATENCY)
+        self.prompt_length = self._histogram("dspark_request_prompt_tokens", "prompt tokens per request", _TOKENS)
+        self.output_length = self._histogram("dspark_request_generation_tokens", "tokens per request", _TOKENS)
+        judged = self._counter("dspark_slo_requests", "requests judged by a latency objective", ["objective"])
+        good = self._counter("dspark_slo_good", "requests that kept the objective", ["objective"])
+        self.slo = {name: (judged.labels(name), good.labels(name)) for name in OBJECTIVES}
+
+    def _make_checks(self) -> None:
+        canaries = self._counter("dspark_canaries", "finished requests replayed without speculation", ["outcome"])
+        self.canaries = {name: canaries.labels(name) for name in OUTCOMES}
+        by_bin = {
+            name: self._counter(f"dspark_confidence_{name}", text, ["bin"])
+            for name, text in (
+                ("tokens", "draft tokens judged, by stated confidence"),
+                ("accepted", "of which accepted"),
+                ("sum", "their confidences, added up"),
+            )
+        }
+        self.bins = [
+            tuple(by_bin[n].labels(label) for n in ("tokens", "accepted", "sum")) for label in self.reliability.labels
+        ]
+        error = self._gauge("dspark_calibration_error", "recent expected calibration error; NaN without confidences")
+        error.set_function(lambda: self.reliability.error)
+
+    # -- observers ------------------------------------------------------------------------------------------------------
+
+    def step(self, record: StepRecord) -> None:
+        """Observer of engine steps."""
+        seconds = sum(record.seconds.values())
+        self.steps.observe(seconds)
+        for phase, spent in record.seconds.items():
+            self.phase_seconds.get(phase, self.phase_seconds[_OTHER]).inc(spent)
+        self.running.set(record.num_running)
+        self.waiting.set(record.num_waiting)
+        self.kv_usage.set(1 - record.num_free_slots / self.num_slots)
+        self.prompt_tokens.inc(record.num_prompt_tokens)
+        self.preempted.inc(record.num_preempted)
+        if not record.request_ids:
+            return
+        self._count_drafts(record)
+        self._count_positions(record)
+        self._count_confidences(record)
+        self._compare_with_plain(record, seconds)
+
+    def _count_drafts(self, record: StepRecord) -> None:
+        drafted, verified, accepted = sum(record.drafted), sum(record.verified), sum(record.accepted)
+        self.passes.inc(len(record.request_ids))
+        self.committed.inc(accepted + len(record.request_ids))
+        self.num_drafts.inc(sum(v > 0 for v in record.verified))
+        self.num_draft_tokens.inc(verified)
+        self.num_accepted_tokens.inc(accepted)
+        self.emitted_by_drafter.inc(accepted)
+        self.drafted.inc(drafted)
+        self.pruned.inc(drafted - verified)
+        self.wasted.inc(verified - accepted)
+        num_proposals = sum(d > 0 for d in record.drafted)
+        self.proposals.inc(num_proposals)
+        self.skipped.inc(len(record.drafted) - num_proposals)
+        self.first_hits.inc(sum(a > 0 for a in record.accepted))
+        self.full_hits.inc(sum(d == a > 0 for d, a in zip(record.drafted, record.accepted, strict=True)))
+        for length in record.verified:
+            self.verified_length.observe(length)
+
+    def _count_positions(self, record: StepRecord) -> None:
+        accepted, reached = [0] * MAX_POSITIONS, [0] * MAX_POSITIONS
+        for length, hits in zip(record.verified, record.accepted, strict=True):
+            for k in range(hits):
+                accepted[min(k, MAX_POSITIONS - 1)] += 1
+            for k in range(min(hits + 1, length)):  # the first rejected token was judged, too
+                reached[min(k, MAX_POSITIONS - 1)] += 1
+        for counters, counts in ((self.accepted_at, accepted), (self.reached_at, reached)):
+            for counter, count in zip(counters, counts, strict=True):
+                if count:
+                    counter.inc(count)
+
+    def _count_confidences(self, record: StepRecord) -> None:
+        if record.confidence is None:
+            return
+        for b, (tokens, accepted, total) in self.reliability.add(
+            record.confidence.tolist(), record.verified, record.accepted
+        ):
+            for counter, amount in zip(self.bins[b], (tokens, accepted, total), strict=True):
+                counter.inc(amount)
+
+    def _compare_with_plain(self, record: StepRecord, seconds: float) -> None:
+        if record.num_prompt_tokens:
+            return  # its time is not that of decoding alone
+        num_requests = len(record.request_ids)
+        if not sum(record.drafted):
+            self.plain.observe(num_requests, seconds)
+            return
+        plain = self.plain.count(num_requests, num_requests + sum(record.accepted), seconds)
+        if plain is not None:
+            self.speculative_seconds.inc(seconds)
+            self.plain_seconds.inc(plain)
+
+    def request(self, record: FinishedRequest) -> None:
+        """Observer of finished requests."""
+        self.finished.get(record.finish_reason, self.finished[_OTHER]).inc()
+        self.generated.inc(len(record.token_ids))
+        self.prompt_length.observe(len(record.prompt_token_ids))
+        if record.start_seconds is not None:
+            self.queue.observe(record.start_seconds - record.arrival_seconds)
+        times = record.token_seconds
+        if not times:
+            return
+        self.output_length.observe(len(times))
+        self.e2e.observe(times[-1] - record.arrival_seconds)
+        for gap in _gaps(times):
+            self.inter_token.observe(gap)
+        ttft = times[0] - record.arrival_seconds
+        self.ttft.observe(ttft)
+        self._judge("ttft", ttft <= self.objectives.ttft_seconds)
+        if len(times) > 1:
+            per_token = (times[-1] - times[0]) / (len(times) - 1)
+            self.per_output_token.observe(per_token)
+            self._judge("per_token", per_token <= self.objectives.per_token_seconds)
+
+    def _judge(self, objective: str, is_kept: bool) -> None:
+        judged, good = self.slo[objective]
+        judged.inc()
+        good.inc(is_kept)
+
+    def canary(self, outcome: Outcome) -> None:
+        """Observer of replayed requests."""
+        self.canaries[outcome.kind].inc()
+
+
+def _gaps(times: Iterable[float]) -> list[float]:
+    """Seconds between events; the tokens of one step came as one event."""
+    events = sorted(set(times))
+    return [later - earlier for earlier, later in pairwise(events)]
