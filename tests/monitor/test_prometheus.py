@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.monitor.canaries import Outcome
 from dspark.monitor.prometheus import Metrics, Objectives
 from dspark.types import SamplingParams
 from engine.models import OracleDrafter, random_target
-from monitor.records import Finished, step
+from monitor.records import finished, step
 
 
 def metrics(**options) -> Metrics:
@@ -72,7 +71,7 @@ def test_vllm_bench_reads_what_the_engine_did(target):
     assert v["dspark_drafted_tokens_total"] == sum(r.drafted for r in rounds)
     assert v["dspark_pruned_draft_tokens_total"] == sum(r.drafted - r.verified for r in rounds) > 0
     assert v["dspark_wasted_draft_tokens_total"] == sum(r.verified - r.accepted for r in rounds) > 0
-    assert v["dspark_skipped_drafts_total"] == sum(r.drafted == 0 for r in rounds) > 0
+    assert v["dspark_proposals_total"] == sum(r.drafted > 0 for r in rounds) < len(rounds)
     assert v["dspark_committed_tokens_total"] == sum(r.accepted + 1 for r in rounds)
     assert v["dspark_decode_passes_total"] == len(rounds) == v["dspark_verified_length_count"]
     assert v["dspark_first_token_hits_total"] == sum(r.accepted > 0 for r in rounds)
@@ -98,9 +97,9 @@ def test_deep_drafts_count_with_the_last_position():
 
 def test_finished_requests_fill_the_latency_histograms():
     m = metrics(objectives=Objectives(ttft_seconds=1.0, per_token_seconds=0.2))
-    m.request(Finished())
-    m.request(Finished(finish_reason="cancelled", token_ids=[], token_seconds=[], start_seconds=None))
-    m.request(Finished(finish_reason="something new", token_ids=[1], token_seconds=[103.0]))
+    m.request(finished())
+    m.request(finished(finish_reason="cancelled", token_ids=[], token_seconds=[], start_seconds=None))
+    m.request(finished(finish_reason="something new", token_ids=[1], token_seconds=[103.0]))
     v = values(m)
     assert v["dspark_time_to_first_token_seconds_sum"] == 1.0 + 3.0
     assert v["dspark_inter_token_latency_seconds_sum"] == v["dspark_inter_token_latency_seconds_count"] * 0.5 == 0.5
@@ -143,10 +142,17 @@ def test_no_request_can_add_a_series():
     m.step(step())
     names = set(values(m))
     for i in range(50):
-        record = step(drafted=(i,), verified=(i,), accepted=(i,), confidence=[[i / 50] * i])
+        record = step(
+            drafted=(i,),
+            verified=(i,),
+            accepted=(i,),
+            confidence=[[i / 50] * i],
+            skip_reason=f"reason {i}",
+            num_skipped=1,
+        )
         record.seconds[f"phase {i}"] = 1.0
         m.step(record)
-        m.request(Finished(request_id=i, drafter=f"drafter {i}", finish_reason=f"reason {i}"))
+        m.request(finished(request_id=i, drafter=f"drafter {i}", finish_reason=f"reason {i}"))
     m.canary(Outcome("equal"))
     assert set(values(m)) == names
 
@@ -155,10 +161,35 @@ def test_process_memory_and_time_are_there():
     assert values(metrics(process=True))["process_resident_memory_bytes"] > 0
 
 
-def test_observing_a_step_costs_little_beside_it(target):
-    """Work, not time: as many updates for a step as there are requests and phases, not as there are series."""
-    m, spent = metrics(), time.perf_counter
-    begin = spent()
-    engine = Engine(target, NGramDrafter(), observers=[m.step])
-    engine.generate([[3, 1, 4]] * 4, SamplingParams(temperature=0, max_tokens=30))
-    assert spent() - begin > values(m)["dspark_step_seconds_sum"] > 0
+def test_trees_count_by_depth():
+    m = metrics()
+    record = step(drafted=(3,), verified=(3,), accepted=(1,), confidence=[[0.5, 0.5, 0.5]])
+    record.parents = torch.tensor([[-1, -1, 1]])  # two siblings, and a child of the second
+    record.survival = torch.tensor([[0.5, 0.5, 0.25]])
+    record.accepted_nodes = torch.tensor([[False, True, False]])
+    m.step(record)
+    v = values(m)
+    assert [v[f"dspark_reached_tokens_per_pos_total.{k}"] for k in range(3)] == [2, 1, 0]
+    assert as_vllm_bench_reads_it(m.render().decode())["by_position"] == {0: 1}
+    assert v["dspark_confidence_tokens_total.0.6"] == 3  # the child's chance given its parent is 0.5, too
+
+
+def test_cost_error_and_regret():
+    m = metrics(cost=lambda tokens, requests, context: 0.1 * tokens)
+    m.step(step(verified=(5,), accepted=(3,), seconds=0.1, predicted_seconds=0.06))  # 0.075 s without drafting
+    v = values(m)
+    assert v["dspark_cost_error_ratio"] == pytest.approx(0.2)
+    assert [v["dspark_predicted_step_seconds_total"], v["dspark_measured_step_seconds_total"]] == pytest.approx(
+        [0.06, 0.075]
+    )
+    assert v["dspark_regret_seconds_total"] == pytest.approx(0.2)  # two tokens read in vain
+    assert v["dspark_regret_ratio"] == pytest.approx(2 / 6)
+
+
+def test_skipped_drafts_by_reason():
+    m = metrics()
+    m.step(step(drafted=(0, 4), verified=(0, 4), accepted=(0, 1), skip_reason="load", num_skipped=1, num_faults=2))
+    m.step(step(drafted=(0, 4), verified=(0, 4), accepted=(0, 1), skip_reason="a new one", num_skipped=1))
+    v = values(m)
+    assert (v["dspark_skipped_drafts_total.load"], v["dspark_skipped_drafts_total.other"]) == (1, 1)
+    assert v["dspark_draft_faults_total"] == 2

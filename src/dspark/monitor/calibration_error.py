@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 
 NUM_BINS = 10
 _MEMORY = 20_000  # judged draft tokens after which an observation weighs 1/e in `error`
@@ -12,8 +12,7 @@ _MEMORY = 20_000  # judged draft tokens after which an observation weighs 1/e in
 class Reliability:
     """Counts judged draft tokens by stated confidence; `error` is the expected calibration error of recent ones.
 
-    Only tokens that were reached count: the target read them and had accepted all before them. For the rest nobody
-    knows what would have become of them.
+    Only tokens that were reached may be added (judged.py).
     """
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
@@ -22,22 +21,19 @@ class Reliability:
         self.accepted = [0.0] * num_bins
         self.confidence = [0.0] * num_bins
 
-    def add(
-        self, confidence: Sequence[Sequence[float]], verified: Sequence[int], accepted: Sequence[int]
-    ) -> Iterator[tuple[int, tuple[int, int, float]]]:
-        """confidence [B, K] of chains. Gives (bin, (tokens, accepted, sum of confidences)) for each bin that got any."""
+    def add(self, judged: Iterable[tuple[bool, float]]) -> Iterable[tuple[int, tuple[int, int, float]]]:
+        """Of judged draft tokens (accepted?, stated confidence): (bin, (tokens, accepted, sum of confidences)) of each bin."""
         found: dict[int, tuple[int, int, float]] = {}
-        for row, length, hits in zip(confidence, verified, accepted, strict=True):
-            for k in range(min(hits + 1, length)):
-                b = min(int(row[k] * len(self.labels)), len(self.labels) - 1)
-                tokens, right, total = found.get(b, (0, 0, 0.0))
-                found[b] = (tokens + 1, right + (k < hits), total + row[k])
+        for is_right, confidence in judged:
+            b = min(int(confidence * len(self.labels)), len(self.labels) - 1)
+            tokens, right, total = found.get(b, (0, 0, 0.0))
+            found[b] = (tokens + 1, right + is_right, total + confidence)
         self._fade(sum(tokens for tokens, _, _ in found.values()))
         for b, (tokens, right, total) in found.items():
             self.tokens[b] += tokens
             self.accepted[b] += right
             self.confidence[b] += total
-        return iter(found.items())
+        return found.items()
 
     def _fade(self, num_new: int) -> None:
         factor = math.exp(-num_new / _MEMORY)

@@ -6,13 +6,15 @@ read them here. Everything else is `dspark_*`. Labels come from closed sets: no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dspark.errors import DSparkError
 from dspark.monitor.calibration_error import Reliability
+from dspark.monitor.judged import judged_tokens
+from dspark.monitor.recent import RecentRatio
 from dspark.monitor.speedup import PlainReference
 from dspark.types import StepRecord
 
@@ -23,14 +25,16 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from dspark.monitor.canaries import Outcome
-    from dspark.monitor.finished import FinishedRequest
+    from dspark.types import RequestRecord
 
 MAX_POSITIONS = 32  # draft positions with a series of their own; deeper ones count with the last
 PHASES = ("admit", "draft", "schedule", "target", "verify", "commit")
+SKIP_REASONS = ("load", "difficulty", "probe", "fault")
 FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
 OBJECTIVES = ("ttft", "per_token")
 OUTCOMES = ("equal", "explained", "unexplained", "abandoned")
 _OTHER = "other"
+_MEMORY_SECONDS = 60.0  # of steps, in the gauges that fade
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 _LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
@@ -54,17 +58,26 @@ class Metrics:
 
     target, drafter  names as the server was started with them: labels of the counters
     num_slots        tokens that the KV cache holds
+    cost             seconds of a step by (tokens, requests, context tokens), as measured; without it there is no regret
+    process          CPU and memory of this process and, where there is one, of the GPU
     """
 
     def __init__(
-        self, target: str, drafter: str, num_slots: int, objectives: Objectives | None = None, process: bool = True
+        self,
+        target: str,
+        drafter: str,
+        num_slots: int,
+        objectives: Objectives | None = None,
+        cost: Callable[[int, int, int], float] | None = None,
+        process: bool = True,
     ) -> None:
         self.target, self.drafter, self.num_slots = target, drafter, num_slots
-        self.objectives = objectives or Objectives()
+        self.objectives, self.cost = objectives or Objectives(), cost
         prom.disable_created_metrics()  # `vllm bench serve` adds up every line of a name, creation times included
         self.registry = prom.CollectorRegistry()
         self.plain = PlainReference()
         self.reliability = Reliability()
+        self.cost_error, self.regret = RecentRatio(_MEMORY_SECONDS), RecentRatio(_MEMORY_SECONDS)
         self._make_speculation()
         self._make_engine()
         self._make_requests()
@@ -123,7 +136,11 @@ class Metrics:
         self.first_hits = ours("first_token_hits", "drafts whose first token was accepted")
         self.full_hits = ours("full_draft_hits", "drafts accepted whole, nothing of them pruned")
         self.emitted_by_drafter = ours("accepted_tokens", "draft tokens accepted, by who proposed them")
-        self.skipped = ours("skipped_drafts", "decoding passes of a request for which nothing was proposed")
+        self.draft_faults = ours("draft_faults", "passes that lost their draft because the drafter failed")
+        skipped = self._counter(
+            "dspark_skipped_drafts", "passes for which drafting was left out, by reason", ["reason"]
+        )
+        self.skipped = {reason: skipped.labels(reason) for reason in (*SKIP_REASONS, _OTHER)}
         self.verified_length = self._histogram("dspark_verified_length", "draft tokens read per pass", _LENGTHS)
 
     def _make_engine(self) -> None:
@@ -182,8 +199,18 @@ class Metrics:
         self.bins = [
             tuple(by_bin[n].labels(label) for n in ("tokens", "accepted", "sum")) for label in self.reliability.labels
         ]
-        error = self._gauge("dspark_calibration_error", "recent expected calibration error; NaN without confidences")
+        error = self._gauge("dspark_calibration_error", "recent expected calibration error of beliefs; NaN without any")
         error.set_function(lambda: self.reliability.error)
+        self.predicted_seconds = self._counter("dspark_predicted_step_seconds", "as the scheduler believed")
+        self.measured_seconds = self._counter("dspark_measured_step_seconds", "of the same steps, drafting left out")
+        self.cost_error_seconds = self._counter("dspark_cost_error_seconds", "between the two, step by step")
+        gauge = self._gauge("dspark_cost_error_ratio", "recent share of step time by which predictions were off")
+        gauge.set_function(lambda: self.cost_error.value)
+        self.regret_seconds = self._counter(
+            "dspark_regret_seconds", "that a scheduler would have saved that knew every verdict beforehand"
+        )
+        gauge = self._gauge("dspark_regret_ratio", "recent share of step time spent on draft tokens that were rejected")
+        gauge.set_function(lambda: self.regret.value)
 
     # -- observers ------------------------------------------------------------------------------------------------------
 
@@ -201,8 +228,8 @@ class Metrics:
         if not record.request_ids:
             return
         self._count_drafts(record)
-        self._count_positions(record)
-        self._count_confidences(record)
+        self._count_verdicts(record)
+        self._compare_with_belief(record)
         self._compare_with_plain(record, seconds)
 
     def _count_drafts(self, record: StepRecord) -> None:
@@ -218,32 +245,46 @@ class Metrics:
         self.wasted.inc(verified - accepted)
         num_proposals = sum(d > 0 for d in record.drafted)
         self.proposals.inc(num_proposals)
-        self.skipped.inc(len(record.drafted) - num_proposals)
+        if record.num_skipped:
+            self.skipped.get(record.skip_reason or _OTHER, self.skipped[_OTHER]).inc(record.num_skipped)
+        self.draft_faults.inc(record.num_faults)
         self.first_hits.inc(sum(a > 0 for a in record.accepted))
         self.full_hits.inc(sum(d == a > 0 for d, a in zip(record.drafted, record.accepted, strict=True)))
         for length in record.verified:
             self.verified_length.observe(length)
 
-    def _count_positions(self, record: StepRecord) -> None:
+    def _count_verdicts(self, record: StepRecord) -> None:
         accepted, reached = [0] * MAX_POSITIONS, [0] * MAX_POSITIONS
-        for length, hits in zip(record.verified, record.accepted, strict=True):
-            for k in range(hits):
-                accepted[min(k, MAX_POSITIONS - 1)] += 1
-            for k in range(min(hits + 1, length)):  # the first rejected token was judged, too
-                reached[min(k, MAX_POSITIONS - 1)] += 1
+        stated = []
+        for position, is_right, belief in judged_tokens(record):
+            k = min(position, MAX_POSITIONS - 1)
+            reached[k] += 1
+            accepted[k] += is_right
+            if belief is not None:
+                stated.append((is_right, belief))
         for counters, counts in ((self.accepted_at, accepted), (self.reached_at, reached)):
             for counter, count in zip(counters, counts, strict=True):
                 if count:
                     counter.inc(count)
-
-    def _count_confidences(self, record: StepRecord) -> None:
-        if record.confidence is None:
-            return
-        for b, (tokens, accepted, total) in self.reliability.add(
-            record.confidence.tolist(), record.verified, record.accepted
-        ):
-            for counter, amount in zip(self.bins[b], (tokens, accepted, total), strict=True):
+        for b, amounts in self.reliability.add(stated):
+            for counter, amount in zip(self.bins[b], amounts, strict=True):
                 counter.inc(amount)
+
+    def _compare_with_belief(self, record: StepRecord) -> None:
+        """What the step cost beside what the scheduler thought, and beside what a scheduler that knew all would have."""
+        if record.predicted_seconds > 0 and record.step_seconds > 0:
+            error = abs(record.predicted_seconds - record.step_seconds)
+            self.predicted_seconds.inc(record.predicted_seconds)
+            self.measured_seconds.inc(record.step_seconds)
+            self.cost_error_seconds.inc(error)
+            self.cost_error.add(error, record.step_seconds)
+        num_wasted = sum(record.verified) - sum(record.accepted)
+        if self.cost is not None and record.num_tokens:
+            requests = record.load.num_requests if record.load else len(record.request_ids)
+            read = self.cost(record.num_tokens, requests, record.num_context_tokens)
+            needed = self.cost(record.num_tokens - num_wasted, requests, record.num_context_tokens)
+            self.regret_seconds.inc(max(0.0, read - needed))
+            self.regret.add(max(0.0, read - needed), read)
 
     def _compare_with_plain(self, record: StepRecord, seconds: float) -> None:
         if record.num_prompt_tokens:
@@ -257,7 +298,7 @@ class Metrics:
             self.speculative_seconds.inc(seconds)
             self.plain_seconds.inc(plain)
 
-    def request(self, record: FinishedRequest) -> None:
+    def request(self, record: RequestRecord) -> None:
         """Observer of finished requests."""
         self.finished.get(record.finish_reason, self.finished[_OTHER]).inc()
         self.generated.inc(len(record.token_ids))

@@ -6,7 +6,7 @@ canary replays. Their seconds are kept by how many requests were decoded togethe
 
 from __future__ import annotations
 
-import math
+from dspark.monitor.recent import RecentRatio
 
 _WEIGHT = 0.05  # of the newest plain step in the running mean of its size
 _MEMORY_SECONDS = 60.0  # seconds of decoding after which a step weighs 1/e in `speedup`
@@ -20,7 +20,7 @@ class PlainReference:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
-        self._recent_plain = self._recent_actual = 0.0
+        self._recent = RecentRatio(_MEMORY_SECONDS)
 
     def observe(self, num_requests: int, seconds: float) -> None:
         """A step without drafts and without prompt tokens took so long."""
@@ -47,11 +47,9 @@ class PlainReference:
         if step is None:
             return None
         plain = step * num_tokens / num_requests
-        fade = math.exp(-seconds / _MEMORY_SECONDS)
-        self._recent_plain = self._recent_plain * fade + plain
-        self._recent_actual = self._recent_actual * fade + seconds
+        self._recent.add(plain, seconds)
         return plain
 
     @property
     def speedup(self) -> float:
-        return self._recent_plain / self._recent_actual if self._recent_actual else math.nan
+        return self._recent.value
