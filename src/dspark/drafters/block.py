@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dspark.drafters.block_model import BlockModel
 from dspark.drafters.context_rows import ContextRows
 from dspark.errors import InvalidConfiguration
+from dspark.target.compiled import few_guards, frozen_weights
 from dspark.types import Draft, Request, Rule
 
 
@@ -85,7 +86,7 @@ class BlockDrafter:
         # The compiler keeps graphs by code object, and only a few for each: every drafter has one of its own.
         code = step.__code__.replace(co_name=f"draft_{id(self)}")
         own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-        self._graph = torch.compile(own, fullgraph=True, options=_without_guards_on_modules())
+        self._graph = torch.compile(own, fullgraph=True, options=few_guards())
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
@@ -200,9 +201,7 @@ class BlockDrafter:
         if batch > 1:
             for tensor in (*step[:6], step.mask, noise):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        # Packed weights, and linear layers of one input in one. As options of torch.compile they would be ignored.
-        is_cpu = self.device.type == "cpu"
-        with torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu}):
+        with frozen_weights(self.device):
             return self._graph(step, noise)
 
     def _read(self, step: Step, count: int) -> None:
@@ -287,9 +286,3 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> 
     mask = None if batch == 1 else step.mask  # one request sees all of its row
     y = F.scaled_dot_product_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
     return y.view(batch, kv_heads, group, size, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def _without_guards_on_modules() -> dict[str, Any]:
-    """Not to ask at every step whether a frozen model has changed; it would cost a tenth of the step."""
-    skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-    return {} if skip is None else {"guard_filter_fn": skip}

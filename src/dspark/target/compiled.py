@@ -115,7 +115,7 @@ class CompiledForward:
         # The compiler keeps graphs by code object, and only a few for each: give every graph one of its own.
         code = step.__code__.replace(co_name=f"step_{id(self)}_{kind.replace(' ', '_')}")
         own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-        return torch.compile(own, fullgraph=True)
+        return torch.compile(own, fullgraph=True, options=few_guards())
 
 
 def frozen_weights(device: torch.device) -> Any:
@@ -125,6 +125,16 @@ def frozen_weights(device: torch.device) -> Any:
     """
     is_cpu = device.type == "cpu"
     return torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu})
+
+
+def few_guards() -> dict[str, Any]:
+    """Options of torch.compile: ask at a call about its tensors and sizes only, not whether a frozen model has changed.
+
+    Hundreds of questions about modules and globals cost up to a tenth of a small step.
+    """
+    can_choose = hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")  # came with guard_filter_fn
+    asked = ("TENSOR_MATCH", "SHAPE_ENV")
+    return {"guard_filter_fn": lambda guards: [guard.guard_type in asked for guard in guards]} if can_choose else {}
 
 
 def _kind_of(group: Group) -> str:
