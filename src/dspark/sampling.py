@@ -18,14 +18,16 @@ def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[S
     """Apply each row's sampling parameters to its logits.
 
     logits [N, V], owners (N): the request of each row, previous (N): draft tokens between the request's last token and
-    the row (only penalties ask). Returns scores [N, V] float32 and temperature [N, 1]: the law of a row is
+    the row (only penalties and grammars ask). Returns scores [N, V] float32 and temperature [N, 1]: the law of a row is
     softmax(scores / temperature), at temperature 0 the argmax. Excluded tokens are -inf.
-    The order is transformers': bias and penalties, temperature, top-k, top-p, min-p.
+    The order is transformers': bias and penalties, grammar, temperature, top-k, top-p, min-p.
     """
     scores = logits.float()
     temperature = _column([r.params.temperature for r in owners], logits)
     if any(r.params.logit_bias or r.params.penalises for r in owners):
         scores = _penalise(scores.clone(), owners, previous)
+    if any(r.matcher is not None for r in owners):
+        scores = scores.masked_fill(~_grammatical(scores, owners, previous), float("-inf"))
     if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in owners):
         scores = _cut(scores, temperature, owners)
     return scores, temperature
@@ -107,6 +109,15 @@ def _penalise_rows(scores: Tensor, request: Request, previous: Sequence[Sequence
     repeated = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
     new = torch.where((output > 0) | in_prompt, repeated, old)
     scores[:, ids] = new - (params.frequency_penalty * output + params.presence_penalty * (output > 0))
+
+
+def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+    """[N, V] bool: what each row's grammar allows after its own path."""
+    mask = torch.ones(scores.shape, dtype=torch.bool)
+    for row, (request, path) in enumerate(zip(owners, previous, strict=True)):
+        if request.matcher is not None:
+            mask[row] = request.matcher.allowed([*request.generated, *path])
+    return mask.to(scores.device)
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

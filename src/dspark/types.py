@@ -34,6 +34,25 @@ from torch import Tensor
 from dspark.errors import InvalidRequest
 
 
+class Matcher(Protocol):
+    """A grammar at work on one request. It may keep state between calls, but its answers depend on `tokens` alone."""
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        """[V] bool, on the host: which tokens may follow `tokens`, the output so far with a draft path or a part of it.
+
+        After tokens that the grammar excludes, all of them: nobody gets there.
+        """
+        ...
+
+
+class Grammar(Protocol):
+    """What an output may look like; end tokens are allowed where it may end. Immutable, so requests may share one."""
+
+    def matcher(self) -> Matcher:
+        """A matcher for one request."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. The defaults are the target's own law: temperature 1 and nothing cut off.
@@ -52,6 +71,7 @@ class SamplingParams:
     ignore_eos           go on past the target's own end tokens
     seed                 same seed, same text, with and without speculation; None draws one
     logprobs             report the target's log-probabilities of the chosen and the n likeliest tokens; None reports none
+    grammar              tokens that it excludes are never drawn; None excludes none
     """
 
     temperature: float = 1.0
@@ -68,6 +88,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -104,7 +125,8 @@ class SamplingParams:
     @property
     def reshapes(self) -> bool:
         """Whether the law is more than the logits at a temperature."""
-        return bool(self.logit_bias) or self.penalises or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.grammar is not None
+        return bool(self.logit_bias) or self.penalises or is_cut
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,7 @@ class Request:
     is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
     finish_reason: str | None = None
     text: Any = field(default=None, repr=False)  # the engine's running translation into text
+    matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
 
     @property
     def pending(self) -> list[int]:

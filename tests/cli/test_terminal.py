@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from cli.command import PAIR
 from dspark.cli.compare import Difference, first_difference
-from dspark.cli.terminal import DraftMarks, acceptance_by_position, speculation_summary, wants_colour
+from dspark.cli.terminal import acceptance_by_position, speculation_summary, wants_colour
+from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings
 from dspark.types import Delta, Round
 

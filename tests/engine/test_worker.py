@@ -27,7 +27,7 @@ def target(tmp_path_factory):
 @pytest.fixture
 def started(target):
     """`started(engine, **options)`: a running worker; whatever a test does, nothing is left behind."""
-    workers = []
+    workers, before = [], set(threading.enumerate())
 
     def start(engine, **options):
         workers.append(Worker(engine, **options).start())
@@ -40,7 +40,7 @@ def started(target):
         assert worker.num_open == 0
     target.cache.check()
     assert target.num_free_slots == target.cache.limit
-    assert not [t for t in threading.enumerate() if t.name.startswith("dspark-")]
+    assert not {t for t in threading.enumerate() if t.name.startswith("dspark-")} - before
 
 
 class Caller:

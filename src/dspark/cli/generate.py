@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.terminal import (
-    DraftMarks,
     marked,
     progress,
     quiet_weights,
@@ -153,6 +152,8 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 def _stream(engine: Engine, prompt: Any, params: SamplingParams, args: argparse.Namespace) -> _Run:
     """Write text as it comes. Ctrl-C ends it early and keeps what there is."""
+    from dspark.engine.marks import DraftMarks
+
     colour = wants_colour(sys.stdout, args.no_color)
     interrupted = False
     started = time.perf_counter()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from dspark.types import Delta, Round
+    from dspark.types import Round
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
@@ -46,33 +45,6 @@ def quiet_weights(target: str) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-
-
-class DraftMarks:
-    """Says which characters of streamed text came from accepted draft tokens.
-
-    Text lags behind its tokens (unfinished characters, what may become a stop string), so characters are counted here
-    token by token and matched with the text when it comes.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        from dspark.engine.text import Detokenizer
-
-        self._detokenizer = Detokenizer(tokenizer)
-        self._runs: deque[tuple[int, bool]] = deque()  # characters to come, and whether they were drafted
-
-    def split(self, delta: Delta) -> Iterator[tuple[str, bool]]:
-        """The text of one delta in runs of one kind."""
-        for token_id, is_drafted in zip(delta.token_ids, delta.is_drafted, strict=True):
-            if num_characters := len(self._detokenizer.push([token_id])):
-                self._runs.append((num_characters, is_drafted))
-        text = delta.text
-        while text:
-            num_characters, is_drafted = self._runs.popleft() if self._runs else (len(text), False)
-            yield text[:num_characters], is_drafted
-            if num_characters > len(text):
-                self._runs.appendleft((num_characters - len(text), is_drafted))
-            text = text[num_characters:]
 
 
 def marked(text: str, is_drafted: bool) -> str:

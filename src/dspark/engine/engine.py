@@ -135,6 +135,8 @@ class Engine:
         tokens = self._tokenise(prompt, params, raw)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(next(_request_ids), list(tokens), params, num_prompt_tokens=len(tokens), seed=seed)
+        if params.grammar is not None:
+            request.matcher = params.grammar.matcher()
         if self.target.tokenizer is not None:
             request.text = RunningText(self.target.tokenizer, params.stop)
         return request

@@ -23,11 +23,14 @@ _MAX_WINDOW = 16  # tokens decoded again each time
 _MAX_UNFINISHED_WINDOW = 64
 
 
-def render_prompt(tokenizer: Any, prompt: Prompt, raw: bool = False) -> list[int]:
+def render_prompt(
+    tokenizer: Any, prompt: Prompt, raw: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """Token ids the target reads for a prompt.
 
     A string is one user turn in the chat template, or with `raw` text to be continued as it stands. A list of
-    {"role", "content"} messages goes through the template; a list of token ids is taken as it is.
+    {"role", "content"} messages goes through the template, `tools` (JSON schemas of functions) with it; a list of token
+    ids is taken as it is.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -36,7 +39,7 @@ def render_prompt(tokenizer: Any, prompt: Prompt, raw: bool = False) -> list[int
             _require_tokenizer(tokenizer)
             # verbose=False: the engine says itself, and as an error, when a prompt is too long
             return _not_empty(list(tokenizer(_valid_text(prompt), verbose=False)["input_ids"]))
-        return _render_chat(tokenizer, [{"role": "user", "content": _valid_text(prompt)}])
+        return _render_chat(tokenizer, [{"role": "user", "content": _valid_text(prompt)}], tools)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string, messages or token ids, not {type(prompt).__name__}")
     if not prompt:
@@ -44,14 +47,16 @@ def render_prompt(tokenizer: Any, prompt: Prompt, raw: bool = False) -> list[int
     if all(isinstance(item, Mapping) for item in prompt):
         if raw:
             raise InvalidRequest("raw is for strings and token ids; messages need the chat template: leave raw out")
-        return _render_chat(tokenizer, prompt)  # type: ignore[arg-type]  # every item is a Mapping
+        return _render_chat(tokenizer, prompt, tools)  # type: ignore[arg-type]  # every item is a Mapping
     for item in prompt:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise InvalidRequest(f"a prompt in a list is all messages or all token ids, 0 or more; got {item!r} in it")
     return list(prompt)  # type: ignore[arg-type]  # every item is an int
 
 
-def _render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def _render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[int]:
     _require_tokenizer(tokenizer)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InvalidRequest(
@@ -66,6 +71,7 @@ def _render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[
     try:
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=list(tools) or None,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

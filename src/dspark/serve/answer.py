@@ -1,0 +1,162 @@
+"""An answer under way: deltas of the engine into OpenAI's objects, whole or as server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dspark.engine.marks import DraftMarks
+from dspark.serve.faults import ApiError
+from dspark.serve.replies import DONE, Head, TokenNames, event, speculation, usage
+from dspark.serve.run import Run, unless_gone
+from dspark.serve.tools import Piece, Voice, merged
+from dspark.types import Delta
+
+
+class Answer:
+    """n choices for each of one or more prompts, in the order of `run.requests`."""
+
+    def __init__(
+        self,
+        head: Head,
+        run: Run,
+        names: TokenNames,
+        voice: Callable[[], Voice],
+        choices_per_prompt: int,
+        marks: Callable[[], DraftMarks] | None = None,
+    ) -> None:
+        self.head, self.run, self._names, self._choices_per_prompt = head, run, names, choices_per_prompt
+        self._voices = [voice() for _ in run.requests]
+        self._offsets = [0] * len(run.requests)
+        self._marks = None if marks is None else [marks() for _ in run.requests]
+
+    async def whole(self) -> dict[str, Any]:
+        """The one object that a request without streaming gets."""
+        pieces: list[list[Piece]] = [[] for _ in self.run.requests]
+        reasons: list[str | None] = [None] * len(pieces)
+        async for index, delta in self.run.deltas():
+            pieces[index] += self._pieces(index, delta)
+            reasons[index] = self._reason(index, delta)
+        return self.head.whole([self._choice(i, pieces[i], reasons[i]) for i in range(len(pieces))], self.usage)
+
+    async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """The same in pieces. An error after the first of them is an event, too."""
+        if self.head.is_chat:
+            for index in range(len(self.run.requests)):
+                yield self._event(index, {"role": "assistant", "content": ""})
+        try:
+            async for index, delta in self.run.deltas():
+                for data in self._delta_events(index, delta):
+                    yield data
+            if include_usage:
+                yield event({**self.head.chunk([]), "usage": self.usage})
+        except ApiError as error:
+            yield event(error.body)
+        yield DONE
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.run.requests, self._choices_per_prompt)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """For the log: counts and reasons, no text."""
+        requests, first = self.run.requests, self.run.first_delta
+        return {
+            "prompt_tokens": self.usage["prompt_tokens"],
+            "completion_tokens": self.usage["completion_tokens"],
+            "finish_reasons": [r.finish_reason for r in requests],
+            "tau": [speculation(r)["tau"] for r in requests],
+            "first_token_seconds": None if first is None else round(first - self.run.began, 4),
+        }
+
+    # -- pieces ----------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, index: int, delta: Delta) -> list[Piece]:
+        voice = self._voices[index]
+        pieces = list(voice.push(delta.text))
+        return pieces + list(voice.finish()) if delta.finish_reason else pieces
+
+    def _reason(self, index: int, delta: Delta) -> str | None:
+        if delta.finish_reason is None:
+            return None
+        fault = getattr(self.run.requests[index].matcher, "fault", None)
+        if fault is not None:
+            raise ApiError(500, f"the grammar could not be followed to its end: {fault}", "response_format")
+        has_called = self._voices[index].has_called and delta.finish_reason == "stop"
+        return "tool_calls" if has_called else delta.finish_reason
+
+    def _choice(self, index: int, pieces: list[Piece], reason: str | None) -> dict[str, Any]:
+        request = self.run.requests[index]
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        message = merged(pieces)
+        choice |= {"message": message} if self.head.is_chat else {"text": message["content"] or ""}
+        if request.params.logprobs is not None:
+            choice["logprobs"] = self._logprobs(index, request.logprobs)
+        if self._marks is not None:
+            choice["dspark"] = speculation(request)
+        return choice
+
+    def _delta_events(self, index: int, delta: Delta) -> list[bytes]:
+        reason = self._reason(index, delta)
+        pieces = self._pieces(index, delta)
+        extra: dict[str, Any] = {}
+        if delta.logprobs:
+            extra["logprobs"] = self._logprobs(index, delta.logprobs)
+        if self._marks is not None:
+            extra["dspark"] = {"marks": list(self._marks[index].split(delta))}
+        events = []
+        if pieces or "logprobs" in extra:
+            first, *others = pieces or [{"content": ""}]
+            events = [self._event(index, first, **extra), *(self._event(index, piece) for piece in others)]
+        if reason is not None:
+            last = {"dspark": speculation(self.run.requests[index])} if self._marks is not None else {}
+            events.append(self._event(index, {}, finish_reason=reason, **last))
+        return events
+
+    def _event(self, index: int, piece: Piece, **fields: Any) -> bytes:
+        said = {"delta": piece} if self.head.is_chat else {"text": piece.get("content", "")}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **fields}
+        return event(self.head.chunk([choice]))
+
+    def _logprobs(self, index: int, entries: Sequence[Any]) -> dict[str, Any]:
+        if self.head.is_chat:
+            return self._names.chat_logprobs(entries)
+        shown, self._offsets[index] = self._names.text_logprobs(entries, self._offsets[index])
+        return shown
+
+
+class EventStream(Response):
+    """Sends an answer's events while the client is there; when it goes away, its requests are cancelled."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, include_usage: bool, log: dict[str, Any]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._answer, self._include_usage, self._log = answer, include_usage, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(receive, self._send_all(send))
+        finally:
+            self._answer.run.close()
+            self._log.update(self._answer.log_fields)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self._answer.events(self._include_usage):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def whole_response(answer: Answer, receive: Receive, log: dict[str, Any]) -> Any:
+    """The object of `answer.whole()`, or None if the client went away before it was complete."""
+    try:
+        return await unless_gone(receive, answer.whole())
+    finally:
+        answer.run.close()
+        log.update(answer.log_fields)

@@ -1,0 +1,230 @@
+"""The HTTP API: OpenAI's endpoints over an engine's worker."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import cached_property
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+
+from dspark import __version__
+from dspark.engine.marks import DraftMarks
+from dspark.engine.text import Prompt, render_prompt
+from dspark.engine.worker import Worker
+from dspark.errors import InvalidRequest
+from dspark.serve.answer import Answer, EventStream, whole_response
+from dspark.serve.asked import check_limits, conversation, grammar_of, params_of, shown_tools, voice_of
+from dspark.serve.faults import ApiError, add_handlers, as_api_error
+from dspark.serve.gate import Gate
+from dspark.serve.grammar import Grammars
+from dspark.serve.replies import Head, TokenNames
+from dspark.serve.run import Run
+from dspark.serve.settings import ServeSettings
+from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dspark.types import Request
+
+T = TypeVar("T")
+
+_ERROR = {
+    "description": "what is wrong, and with which field",
+    "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 405, 408, 413, 422, 429, 500, 503), _ERROR)
+
+
+def make_app(
+    worker: Worker,
+    settings: ServeSettings,
+    metrics: Callable[[], bytes] | None = None,
+    routers: Sequence[APIRouter] = (),
+) -> FastAPI:
+    """The server's routes over a started worker, which the caller stops.
+
+    metrics  what GET /metrics answers, in Prometheus' text format
+    routers  further pages, such as a dashboard
+    """
+    desk = Desk(worker, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        desk.close()
+
+    app = FastAPI(title="DSpark", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Gate, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    add_handlers(app)
+    _add_completions(app, desk)
+    _add_models(app, desk)
+    _add_state(app, worker, metrics)
+    for router in routers:
+        app.include_router(router)
+    return app
+
+
+class Desk:
+    """Where requests are checked, tokenised and handed to the worker.
+
+    What takes longer than a moment (templates, tokenising, grammars) happens on one thread beside the event loop. It has a
+    tokenizer of its own, because those of `tokenizers` are not safe to share.
+    """
+
+    def __init__(self, worker: Worker, settings: ServeSettings) -> None:
+        self.worker, self.settings, self.engine = worker, settings, worker.engine
+        self.tokenizer = copy.deepcopy(self.engine.target.tokenizer)
+        self.names = TokenNames(self.tokenizer)
+        self._thread = ThreadPoolExecutor(1, "dspark-text")
+
+    async def beside(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        target = self.engine.target
+        return Grammars(self.tokenizer, target.vocab_size, target.end_token_ids)
+
+    async def answer(self, body: ChatRequest | CompletionRequest) -> Answer:
+        """Check a body and start its work."""
+        model = self.model_named(body.model)
+        check_limits(body, self.settings)
+        requests = await self.beside(self._prepare, body)
+        run = Run(self.worker, requests, self.settings.request_seconds)
+        kind = "chat.completion" if isinstance(body, ChatRequest) else "text_completion"
+        return Answer(
+            Head(kind, model),
+            run,
+            self.names,
+            voice=lambda: voice_of(body),
+            choices_per_prompt=body.n,
+            marks=(lambda: DraftMarks(self.tokenizer)) if body.dspark else None,
+        )
+
+    def _prepare(self, body: ChatRequest | CompletionRequest) -> list[Request]:
+        grammar = grammar_of(body, lambda: self._grammars, self.settings.max_grammar_bytes)
+        each = params_of(body, self.engine.max_length, grammar)
+        if isinstance(body, ChatRequest):
+            prompts = [self.tokens("messages", conversation(body.messages), tools=shown_tools(body))]
+        else:
+            prompts = [self.tokens("prompt", prompt, raw=True) for prompt in body.prompts]
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        try:
+            return [self.engine.prepare(prompt, params) for prompt in prompts for params in each]
+        except InvalidRequest as error:
+            param = "logit_bias" if body.logit_bias and "token ids" in str(error) else field
+            raise as_api_error(error, param) from error
+
+    def tokens(self, field: str, prompt: Prompt, raw: bool = False, tools: Sequence[Any] = ()) -> list[int]:
+        try:
+            return render_prompt(self.tokenizer, prompt, raw and isinstance(prompt, str), tools)
+        except InvalidRequest as error:
+            raise as_api_error(error, field) from error
+
+    def model_named(self, name: str | None) -> str:
+        if name is not None and name not in self.settings.model_names:
+            known = ", ".join(self.settings.model_names)
+            raise ApiError(404, f"no model {name!r} is served here, only {known}", "model", "model_not_found")
+        return name or self.settings.model_names[0]
+
+
+def _add_completions(app: FastAPI, desk: Desk) -> None:
+    async def respond(body: ChatRequest | CompletionRequest, http: HttpRequest) -> Response:
+        log = http.state.log
+        if desk.settings.log_text:
+            log["body"] = body.model_dump(exclude_defaults=True)
+        answer = await desk.answer(body)
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(answer, include_usage, log)
+        whole = await whole_response(answer, http.receive, log)
+        return Response(status_code=499) if whole is None else JSONResponse(whole)
+
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
+        """Answer a conversation."""
+        return await respond(body, http)
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        """Continue a text as it stands."""
+        return await respond(body, http)
+
+
+def _add_models(app: FastAPI, desk: Desk) -> None:
+    def card(name: str) -> dict[str, Any]:
+        length = desk.engine.max_length
+        return {"id": name, "object": "model", "created": 0, "owned_by": "dspark", "max_model_len": length}
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> dict[str, Any]:
+        """The names this server answers to."""
+        return {"object": "list", "data": [card(name) for name in desk.settings.model_names]}
+
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        return card(desk.model_named(name))
+
+    @app.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a raw text, or of a conversation in the chat template."""
+        desk.model_named(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "prompt: exactly one of prompt and messages is needed", "prompt")
+        if body.messages is not None:
+            tokens = await desk.beside(desk.tokens, "messages", conversation(body.messages))
+        else:
+            tokens = await desk.beside(desk.tokens, "prompt", body.prompt or "", True)
+        return {"count": len(tokens), "max_model_len": desk.engine.max_length, "tokens": tokens}
+
+    @app.post("/detokenize", responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids, special tokens included."""
+        desk.model_named(body.model)
+        if any(token >= desk.engine.target.vocab_size for token in body.tokens):
+            raise ApiError(400, f"tokens: ids must be below {desk.engine.target.vocab_size}", "tokens")
+        return {"prompt": await desk.beside(lambda: str(desk.tokenizer.decode(body.tokens)))}
+
+
+def _add_state(app: FastAPI, worker: Worker, metrics: Callable[[], bytes] | None) -> None:
+    @app.get("/health", responses=_ERRORS)
+    async def health() -> dict[str, str]:
+        """Liveness: 503 once only a restart would help."""
+        if worker.is_stuck or not (worker.is_alive or worker.is_draining):
+            raise ApiError(503, "the engine is stuck" if worker.is_stuck else "the engine's thread has ended")
+        return {"status": "ok"}
+
+    @app.get("/ready", responses=_ERRORS)
+    async def ready() -> dict[str, str]:
+        """Readiness: whether a request that comes now is taken."""
+        if worker.is_draining:
+            raise ApiError(503, "shutting down: running requests are being finished", code="shutting_down")
+        await health()
+        return {"status": "ready"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    if metrics is not None:
+
+        @app.get("/metrics", response_class=PlainTextResponse)
+        async def prometheus() -> Response:
+            return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,99 @@
+"""Errors as OpenAI's clients expect them: a status, and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import http
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from dspark.errors import DSparkError, InvalidRequest, QueueFull, ShuttingDown
+
+log = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` names the field that is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: dict[str, str] = {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def as_api_error(error: Exception, param: str | None = None) -> ApiError:
+    """How a client is told of an exception; anything unforeseen is a 500 that gives nothing away."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        refusal = ApiError(429, str(error), code="queue_full")
+        refusal.headers["Retry-After"] = str(error.retry_seconds)
+        return refusal
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, InvalidRequest):
+        return ApiError(400, str(error), param)
+    if isinstance(error, DSparkError):
+        return ApiError(500, str(error))
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have everything that can go wrong in a route answered in this shape."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()  # Starlette logs the traceback
+
+    async def malformed(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _validation_error(error).response()
+
+    async def http_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail or http.HTTPStatus(error.status_code).phrase)
+        answer = ApiError(error.status_code, message)
+        answer.headers.update(error.headers or {})
+        return answer.response()
+
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(DSparkError, known)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first complaint, with the field's path; what came is not repeated, since it may be long or private."""
+    first = error.errors()[0]
+    # Names of union members and the like are upper-case or have brackets; they mean nothing to a client.
+    path = [str(part) for part in first["loc"][1:] if not (isinstance(part, str) and (not part[:1].islower()))]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {path[-1]!r}: it is not supported here", ".".join(path), "unknown_field")
+    field = ".".join(path) or None
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message}" if field else message, field)

@@ -1,0 +1,101 @@
+"""Grammars by llguidance: JSON schemas and function calls as masks over the vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from torch import Tensor
+
+from dspark.errors import InvalidRequest
+
+# Between tokens of JSON a model may lay out lines, but it cannot go on with blanks for ever.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,20}"}
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. Building it takes a moment; requests then share it, from any thread."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self._vocab_size, self._end_token_ids = vocab_size, end_token_ids
+        self._tokenizer = llguidance.hf.from_tokenizer(
+            tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=list(end_token_ids) or None
+        )
+
+    def json_schema(self, schema: Mapping[str, Any] | bool) -> JsonGrammar:
+        """Any JSON value that the schema admits. Raises InvalidRequest for one that is wrong or not supported."""
+        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+        return self._compile(text)
+
+    def calls(self, functions: Mapping[str, Mapping[str, Any]]) -> JsonGrammar:
+        """{"name": ..., "arguments": ...} for one of the functions, given as name -> schema of its arguments."""
+        rules = ["start: " + " | ".join(f"call{i}" for i in range(len(functions)))]
+        for i, (name, schema) in enumerate(functions.items()):
+            before = json.dumps('{"name": ' + json.dumps(name) + ', "arguments": ')
+            options = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+            rules.append(f'call{i}: {before} %json {options} "}}"')
+        return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+
+    def _compile(self, text: str) -> JsonGrammar:
+        matcher = LLMatcher(self._tokenizer, text)
+        if matcher.is_error():
+            reason = (matcher.get_error() or "unknown error").strip().splitlines()[0]
+            raise InvalidRequest(f"the schema cannot be used as a grammar: {reason}")
+        return JsonGrammar(matcher, self._vocab_size, self._end_token_ids)
+
+
+class JsonGrammar:
+    """A compiled grammar; see `dspark.types.Grammar`."""
+
+    def __init__(self, prototype: LLMatcher, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self._prototype, self._vocab_size, self._end_token_ids = prototype, vocab_size, list(end_token_ids)
+
+    def matcher(self) -> JsonMatcher:
+        return JsonMatcher(self._prototype.deep_copy(), self._vocab_size, self._end_token_ids)
+
+
+class JsonMatcher:
+    """Follows one request along its draft paths: back to where two paths part, then on. See `dspark.types.Matcher`.
+
+    fault  why the grammar could not be followed to its end; the output is cut off there, and other requests go on
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, end_token_ids: list[int]) -> None:
+        self._matcher, self._vocab_size, self._end_token_ids = matcher, vocab_size, end_token_ids
+        self.fault: str | None = None
+        self._read: list[int] = []  # tokens that the matcher has consumed
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        if self.fault is None and not self._go_to(tokens):
+            return torch.ones(self._vocab_size, dtype=torch.bool)
+        bits = None if self.fault is not None else self._matcher.compute_bitmask()
+        if bits is None or self._matcher.is_error():  # a schema can be too expensive to follow
+            self.fault = self.fault or str(self._matcher.get_error())
+            mask = torch.zeros(self._vocab_size, dtype=torch.bool)
+            mask[self._end_token_ids or slice(None)] = True
+            return mask
+        known = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(known.astype(bool))
+
+    def _go_to(self, tokens: Sequence[int]) -> bool:
+        """Bring the matcher behind `tokens`; False where the grammar excludes them or has ended before."""
+        num_common = _num_common(self._read, tokens)
+        if num_common < len(self._read):
+            self._matcher.rollback(len(self._read) - num_common)
+            del self._read[num_common:]
+        rest = list(tokens[num_common:])
+        num_read = self._matcher.try_consume_tokens(rest) if rest else 0
+        self._read += rest[:num_read]
+        return num_read == len(rest) and not self._matcher.is_stopped()
+
+
+def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
+    length = min(len(a), len(b))
+    if list(a[:length]) == list(b[:length]):
+        return length
+    return next(i for i in range(length) if a[i] != b[i])

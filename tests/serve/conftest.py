@@ -1,0 +1,96 @@
+"""A real server on a free loopback port: uvicorn in a thread, the embedded pair in float32 behind it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import openai
+import pytest
+import uvicorn
+
+from dspark import Engine, SamplingParams, load_drafter, load_target
+from dspark.engine.worker import Worker
+from dspark.serve.app import make_app
+from dspark.serve.settings import ServeSettings
+
+
+@dataclass
+class Served:
+    """Where a test server listens, and what is behind it."""
+
+    worker: Worker
+    url: str
+
+    @property
+    def engine(self) -> Engine:
+        return self.worker.engine
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="any", max_retries=0, timeout=60)
+
+    def settle(self) -> None:
+        """Wait until nothing runs; then every slot must be free."""
+        deadline = time.monotonic() + 30
+        while self.worker.num_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.worker.num_open == 0
+        cache = self.engine.target.cache
+        deadline = time.monotonic() + 5
+        while cache.num_free_slots != cache.limit and time.monotonic() < deadline:
+            time.sleep(0.01)
+        cache.check()
+        assert cache.num_free_slots == cache.limit
+
+
+@contextmanager
+def serving(engine: Engine, worker_options=None, **settings) -> Iterator[Served]:
+    before = set(threading.enumerate())
+    worker = Worker(engine, **(worker_options or {})).start()
+    app = make_app(worker, ServeSettings(**{"model_names": ("tiny",), **settings}))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        served = Served(worker, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield served
+        served.settle()
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        worker.close()
+        assert not thread.is_alive()
+        assert not {t for t in threading.enumerate() if t.name.startswith("dspark-")} - before
+
+
+@pytest.fixture(scope="package")
+def target():
+    return load_target("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="package")
+def served(target) -> Iterator[Served]:
+    """One server for all tests that leave it as they found it."""
+    engine = Engine(target, load_drafter("dspark", target))
+    with serving(engine) as one:
+        yield one
+
+
+@pytest.fixture
+def plain(target):
+    """`plain(prompt, **params)`: what plain decoding gives in an engine of its own."""
+
+    def generate(prompt, raw=False, **params):
+        return Engine(target).generate([prompt], SamplingParams(**params), raw=raw)[0]
+
+    return generate
