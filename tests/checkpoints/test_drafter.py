@@ -176,7 +176,7 @@ CONFIG_MISTAKES = [
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types also has sliding_attention"),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "got 'yarn'"),
     (dict(rope_parameters=..., rope_scaling={"type": "linear"}), "got 'linear'"),
-    (dict(architectures=["Qwen3Eagle3Model"]), "EAGLE-3 layout, which is not supported yet"),
+    (dict(architectures=["Gemma4Eagle3Model"]), "another EAGLE layout, which is not supported"),
     (dict(architectures=["DFlashDraftModel"]), "its anchor slot predicts nothing"),
     (dict(architectures=["DSparkDraftModel"]), "Convert it to DeepSpec's layout"),
     (dict(architectures=["BertModel"]), "is no drafter"),
@@ -349,7 +349,7 @@ def test_dialects_mean_the_same_drafter(rewrite: Callable[[Path], None], folder:
         (dict(draft_vocab_size=30), "reduced to 30 of 61"),
         (dict(aux_hidden_state_layer_ids=[1, 4]), "wants the output of layer 3"),
         (dict(aux_hidden_state_layer_ids=...), "expected aux_hidden_state_layer_ids"),
-        (dict(speculators_model_type="eagle3"), "got 'eagle3'"),
+        (dict(speculators_model_type="peagle"), "got 'peagle'"),
     ],
 )
 def test_what_speculators_leaves_open_is_refused(

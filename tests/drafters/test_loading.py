@@ -111,7 +111,7 @@ def test_a_causal_lm_becomes_a_draft_model(tmp_path: Path, target: Target) -> No
 def test_other_folders(tmp_path: Path, target: Target) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(
-        CheckpointError, match="neither a block drafter nor a causal language model: its config says BertModel"
+        CheckpointError, match="neither a trained drafter nor a causal language model: its config says BertModel"
     ):
         load_drafter(str(tmp_path), target)
     with pytest.raises(CheckpointError, match="does not exist"):

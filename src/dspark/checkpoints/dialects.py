@@ -1,23 +1,32 @@
 """One canonical form of a drafter's config.json, DeepSpec's, and one adapter for every other dialect.
 
-Tensor names agree between the stacks, the configs do not. A wrong guess about layer ids or about what a slot predicts
-gives a drafter that is hardly ever right and never an error, so whatever a dialect leaves open is refused.
+Tensor names nearly agree between the stacks, the configs do not. A wrong guess about layer ids or about what a slot
+predicts gives a drafter that is hardly ever right and never an error, so whatever a dialect leaves open is refused, and
+`dspark doctor` measures what a checkpoint means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from dspark.drafters.block_model import BlockConfig, BlockModel
+from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
 from dspark.drafters.gemma4_layer import Gemma4BlockConfig, Gemma4BlockModel
 from dspark.errors import CheckpointError
 
-MODELS: dict[str, tuple[type[BlockConfig], type[BlockModel]]] = {
+DrafterConfig: TypeAlias = BlockConfig | Eagle3Config
+DrafterModel: TypeAlias = BlockModel | Eagle3Model
+
+MODELS: dict[str, tuple[type[DrafterConfig], type[DrafterModel]]] = {
     "Qwen3DSparkModel": (BlockConfig, BlockModel),
     "Gemma4DSparkModel": (Gemma4BlockConfig, Gemma4BlockModel),
+    "Qwen3Eagle3Model": (Eagle3Config, Eagle3Model),
+    "LlamaEagle3Model": (Eagle3Config, Eagle3Model),  # not among DeepSpec's: EAGLE's own layer, without head norms
 }
-_BY_MODEL_TYPE = {"qwen3": "Qwen3DSparkModel", "gemma4_text": "Gemma4DSparkModel"}
+_BLOCK = {"qwen3": "Qwen3DSparkModel", "gemma4_text": "Gemma4DSparkModel"}
+_EAGLE3 = {"qwen3": "Qwen3Eagle3Model", "llama": "LlamaEagle3Model"}
+_EAGLE_NAMES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 
 Config = Mapping[str, Any]
 
@@ -27,10 +36,12 @@ def dialect(config: Config) -> str | None:
     architecture = (config.get("architectures") or [""])[0]
     if "speculators_model_type" in config or architecture.endswith("Speculator"):
         return "speculators"
-    if "Eagle" in architecture:
-        return "EAGLE-3"
     if architecture in MODELS:
         return "DeepSpec"
+    if architecture in _EAGLE_NAMES or (architecture == "LlamaForCausalLM" and "draft_vocab_size" in config):
+        return "EAGLE"
+    if "Eagle" in architecture:
+        return "another EAGLE"
     if architecture == "DFlashDraftModel":
         return "z-lab DFlash"
     if "dflash_config" in config:
@@ -53,61 +64,102 @@ def canonical(config: Config, name: str) -> dict[str, Any]:
     return adapted
 
 
+def canonical_tensor(stored: str) -> str:
+    """A tensor's name as DeepSpec has it: EAGLE and SpecForge call the one layer `midlayer`."""
+    return stored.replace("midlayer.", "layers.0.", 1) if stored.startswith("midlayer.") else stored
+
+
 def _from_deepspec(config: Config, name: str) -> dict[str, Any]:
     return dict(config)
 
 
 def _from_specforge(config: Config, name: str) -> dict[str, Any]:
     """The head's settings lie in dflash_config; layer ids and slots mean the same."""
-    return {**config, **config["dflash_config"], "architectures": [_architecture(config, name)]}
+    return {**config, **config["dflash_config"], "architectures": [_architecture(config, _BLOCK, name)]}
+
+
+def _from_eagle(config: Config, name: str) -> dict[str, Any]:
+    """EAGLE's release and SpecForge: Llama's layer, an LM head of its own, layer ids that count decoder layers from 0.
+
+    Without ids they are the usual three of the target, known once the target is.
+    """
+    ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or []
+    if config.get("target_hidden_size", config.get("hidden_size")) != config.get("hidden_size"):
+        raise CheckpointError(
+            f"{name}: it is {config.get('hidden_size')} wide and its target {config['target_hidden_size']}, "
+            "which is not supported; use a drafter as wide as its target"
+        )
+    adapted = {"trains_lm_head": True, "target_layer_ids": ids, **config}
+    adapted.pop("num_target_layers", None)
+    return {**adapted, "model_type": "llama", "architectures": [_EAGLE3["llama"]]}
 
 
 def _from_speculators(config: Config, name: str) -> dict[str, Any]:
     """The backbone lies in transformer_layer_config; layer ids count hidden states, the first being the embedding."""
-    if config.get("speculators_model_type", "dspark") not in ("dspark", "dflash"):
-        raise CheckpointError(
-            f"{name}: expected the speculators_model_type dspark or dflash; got {config['speculators_model_type']!r}"
-        )
+    kind = config.get("speculators_model_type", "dspark")
+    if kind not in ("dspark", "dflash", "eagle3"):
+        raise CheckpointError(f"{name}: expected the speculators_model_type dspark, dflash or eagle3; got {kind!r}")
+    backbone = dict(config.get("transformer_layer_config") or {})
+    own = {key: value for key, value in config.items() if value is not None}
+    adapted = {**backbone, **own}
+    if kind == "eagle3":
+        return _eagle3_of_speculators(adapted, backbone, name)
     if not config.get("sample_from_anchor", False):
         raise CheckpointError(
             f"{name}: sample_from_anchor is {config.get('sample_from_anchor', 'absent')}, so the anchor's slot "
             "predicts nothing; this project reads drafters whose anchor slot predicts the first token. "
             "Set it to true only if the drafter was trained so"
         )
-    backbone = dict(config.get("transformer_layer_config") or {})
     if "aux_hidden_state_layer_ids" not in config:
         raise CheckpointError(f"{name}: expected aux_hidden_state_layer_ids in a speculators config; it is not there")
     reduced = config.get("draft_vocab_size")
     if reduced is not None and reduced != backbone.get("vocab_size"):
         raise CheckpointError(
             f"{name}: its vocabulary is reduced to {reduced} of {backbone.get('vocab_size')} tokens, "
-            "which is not supported yet; use a drafter with the full vocabulary"
+            "which block drafters cannot have yet; use a drafter with the full vocabulary"
         )
-    adapted = {**backbone, **{key: value for key, value in config.items() if value is not None}}
     adapted["target_layer_ids"] = [i - 1 for i in config["aux_hidden_state_layer_ids"]]
-    adapted["architectures"] = [_architecture(backbone, name)]
+    adapted["architectures"] = [_architecture(backbone, _BLOCK, name)]
+    if config.get("markov_head_is_zero"):  # vLLM knows no drafter of this kind without a head
+        adapted["markov_rank"] = 0
     return adapted
+
+
+def _eagle3_of_speculators(adapted: dict[str, Any], backbone: Config, name: str) -> dict[str, Any]:
+    for key in ("norm_before_fc", "fc_norm", "norm_output"):
+        if adapted.get(key):
+            raise CheckpointError(f"{name}: {key} is {adapted[key]}, which is not supported; expected it to be off")
+    ids = adapted.get("eagle_aux_hidden_state_layer_ids") or []
+    return {
+        "trains_lm_head": True,
+        "norm_before_residual": True,  # what an absent key means to vLLM
+        **adapted,
+        "model_type": backbone.get("model_type", "llama"),
+        "target_layer_ids": [i - 1 for i in ids],
+        "architectures": [_architecture({"model_type": "llama", **backbone}, _EAGLE3, name)],
+    }
 
 
 _ADAPTERS: dict[str, Callable[[Config, str], dict[str, Any]]] = {
     "DeepSpec": _from_deepspec,
     "SpecForge": _from_specforge,
+    "EAGLE": _from_eagle,
     "speculators": _from_speculators,
 }
 _REFUSED = {
-    "EAGLE-3": "is not supported yet; use a DSpark or DFlash drafter",
+    "another EAGLE": "is not supported; use one with Qwen3's or Llama's layer (Qwen3Eagle3Model, LlamaForCausalLMEagle3)",
     "z-lab DFlash": "is not supported: its anchor slot predicts nothing. Use a DFlash drafter that DeepSpec trained",
     "AngelSpec": "is not supported: its config does not say what a slot predicts. Convert it to DeepSpec's layout",
 }
 
 
-def _architecture(config: Config, name: str) -> str:
-    model_type = config.get("model_type")
-    if model_type not in _BY_MODEL_TYPE:
+def _architecture(config: Config, by_model_type: Mapping[str, str], name: str) -> str:
+    model_type = config.get("model_type", "")
+    if model_type not in by_model_type:
         raise CheckpointError(
-            f"{name}: expected a backbone of model_type {' or '.join(_BY_MODEL_TYPE)}; got {model_type!r}"
+            f"{name}: expected a backbone of model_type {' or '.join(by_model_type)}; got {model_type!r}"
         )
-    return _BY_MODEL_TYPE[model_type]
+    return by_model_type[model_type]
 
 
 def _refuse_unsupported(config: Config, name: str) -> None:

@@ -1,10 +1,10 @@
-"""Read and write block drafters in DeepSpec's layout, strictly: a tensor too many is an error like a tensor too few."""
+"""Read drafters of every dialect, strictly, and write this project's own: a tensor too many is an error like one too few."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dspark.checkpoints.dialects import MODELS, canonical
-from dspark.checkpoints.folder import Checkpoint
-from dspark.drafters.block_model import BlockConfig, BlockModel
+from dspark.checkpoints.dialects import MODELS, DrafterConfig, DrafterModel, canonical, canonical_tensor
+from dspark.checkpoints.folder import Checkpoint, TensorHeader
+from dspark.drafters.block_model import BlockConfig
+from dspark.drafters.eagle3_model import Eagle3Config
 from dspark.errors import CheckpointError
 from dspark.target.target import Target
 
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec stores copies of the target's
+VOCABULARY = ("d2t", "t2d")  # EAGLE stores them even where they say nothing
 
 
 @dataclass(frozen=True)
 class LoadedDrafter:
-    """embed_tokens and lm_head are the target's own modules unless the checkpoint's were asked for."""
+    """embed_tokens and lm_head are the target's own modules unless the checkpoint's were asked for.
 
-    model: BlockModel
+    With a reduced vocabulary lm_head gives logits of the draft vocabulary.
+    """
+
+    model: DrafterModel
     embed_tokens: nn.Module
     lm_head: nn.Module
 
@@ -38,55 +43,68 @@ def load_block_drafter(
     device: torch.device | str | None = None,
     own_embeddings: bool = False,
 ) -> LoadedDrafter:
-    """Read a drafter for this target.
+    """Read a trained drafter, block or EAGLE-3, for this target.
 
     dtype, device   None: the target's
     own_embeddings  keep the checkpoint's embedding and head where they differ from the target's, instead of refusing
     """
-    config = read_config(checkpoint)
-    if problems := [*unfit(config, target), *tensor_problems(checkpoint, empty_model(checkpoint, config))]:
+    config = for_target(read_config(checkpoint), target)
+    if problems := [*unfit(config, target), *tensor_problems(checkpoint, config)]:
         raise CheckpointError(
             f"the drafter {checkpoint.name} does not fit {target.name}: {'; '.join(problems)}. "
             "Use a drafter trained for this target, and check the copy if tensors are missing"
         )
     dtype, device = dtype or target.dtype, device or target.device
-    model = empty_model(checkpoint, config)
-    tensors = checkpoint.read(list(model.state_dict()))
-    model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, strict=True, assign=True)
+    model = empty_model(config)
+    tensors = read_tensors(checkpoint, list(model.state_dict()))
+    cast = {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
+    model.load_state_dict(cast, strict=True, assign=True)
     model.requires_grad_(False).eval()
+    _check_vocabulary(checkpoint, model)
     embed_tokens, lm_head = target.model.get_input_embeddings(), target.model.get_output_embeddings()
-    different = [name for name in SHARED if name in checkpoint.tensors and not _is_targets(checkpoint, name, target)]
-    if different and not own_embeddings:
+    ids = vocabulary(model)
+    shared = [name for name in SHARED if name in stored_tensors(checkpoint)]
+    different = [name for name in shared if not is_targets(checkpoint, name, target, ids)]
+    foreign = [
+        name for name in different if not (name == "lm_head.weight" and getattr(config, "trains_lm_head", False))
+    ]
+    if foreign and not own_embeddings:
         raise CheckpointError(
-            f"the drafter {checkpoint.name} was made for another target: its {' and '.join(different)} differ from "
+            f"the drafter {checkpoint.name} was made for another target: its {' and '.join(foreign)} differ from "
             f"{target.name}'s. Use the target it was trained for, or pass own_embeddings=True to keep its own "
             "(acceptance will be lower)"
         )
-    for name in different:
-        weight = checkpoint.read([name])[name].to(device, dtype)
-        if name == "embed_tokens.weight":
-            embed_tokens = OwnEmbedding(weight, float(getattr(embed_tokens, "scalar_embed_scale", 1.0)))
-        else:
-            lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    if "embed_tokens.weight" in different:
+        weight = read_tensors(checkpoint, ["embed_tokens.weight"])["embed_tokens.weight"].to(device, dtype)
+        embed_tokens = OwnEmbedding(weight, float(getattr(embed_tokens, "scalar_embed_scale", 1.0)))
+    if "lm_head.weight" in different:
+        lm_head = _linear(read_tensors(checkpoint, ["lm_head.weight"])["lm_head.weight"].to(device, dtype))
+    elif ids is not None:
+        lm_head = _linear(lm_head.weight.detach()[ids.to(lm_head.weight.device)].to(device, dtype))
     return LoadedDrafter(model, embed_tokens, lm_head)
 
 
-def save_drafter(model: BlockModel, folder: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> None:
+def save_drafter(model: DrafterModel, folder: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> None:
     """Write config.json and model.safetensors. `extra` goes into the config.
 
     Embedding and head are left out: they are the target's, and the loader takes them from there.
     """
+    config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch."), **extra}
+    tensors = model.state_dict()
+    write_checkpoint(folder, config, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
+
+
+def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """config.json and model.safetensors; a kill in between leaves what was there before or the whole of the new."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch."), **extra}
-    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, folder / "model.partial", metadata={"format": "pt"})
+    on_host = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    save_file(on_host, folder / "model.partial", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "model.partial").rename(folder / "model.safetensors")
 
 
-def read_config(checkpoint: Checkpoint) -> BlockConfig:
+def read_config(checkpoint: Checkpoint) -> DrafterConfig:
     config = canonical(checkpoint.config, checkpoint.name)
     try:
         read = MODELS[config["architectures"][0]][0].from_dict(config)
@@ -103,14 +121,50 @@ def read_config(checkpoint: Checkpoint) -> BlockConfig:
     return read
 
 
-def empty_model(checkpoint: Checkpoint, config: BlockConfig) -> BlockModel:
+def for_target(config: DrafterConfig, target: Target) -> DrafterConfig:
+    """The same; where an EAGLE-3 checkpoint names no layers, with the usual three of this target."""
+    if config.target_layer_ids or not isinstance(config, Eagle3Config):
+        return config
+    n = target.num_layers
+    if n < 6:
+        raise CheckpointError(
+            f"the drafter names no feature layers, and the usual ones (second, middle, fourth from the end) are not "
+            f"three layers of a target with {n}: add eagle_config.eagle_aux_hidden_state_layer_ids to its config.json"
+        )
+    return dataclasses.replace(config, target_layer_ids=(1, n // 2 - 1, n - 4))
+
+
+def empty_model(config: DrafterConfig) -> DrafterModel:
     """The model without storage: names and shapes only."""
-    architecture = canonical(checkpoint.config, checkpoint.name)["architectures"][0]
+    make = next(model for kind, model in MODELS.values() if kind is type(config))
     with torch.device("meta"):
-        return MODELS[architecture][1](config)
+        return make(config)  # type: ignore[arg-type]  # each with its own
 
 
-def unfit(config: BlockConfig, target: Target) -> list[str]:
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorHeader]:
+    """Headers by canonical name; what only spells out a default is left out."""
+    found = {canonical_tensor(name): header for name, header in checkpoint.tensors.items()}
+    config = checkpoint.config
+    if config.get("draft_vocab_size") == _vocab_size(config):
+        found = {name: header for name, header in found.items() if name not in VOCABULARY}
+    if config.get("markov_head_is_zero"):
+        found = {name: header for name, header in found.items() if not name.startswith("markov_head.")}
+    return found
+
+
+def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    """Tensors by canonical name."""
+    stored = {canonical_tensor(name): name for name in checkpoint.tensors}
+    read = checkpoint.read([stored[name] for name in names])
+    return {canonical_tensor(name): tensor for name, tensor in read.items()}
+
+
+def vocabulary(model: DrafterModel) -> Tensor | None:
+    """[W]  target ids of the tokens a drafter with a reduced vocabulary can draft; None: all of them."""
+    return getattr(model, "target_ids", None)
+
+
+def unfit(config: DrafterConfig, target: Target) -> list[str]:
     """Why a drafter of this shape cannot serve this target; empty if it can."""
     problems = []
     if config.hidden_size != target.hidden_size:
@@ -127,23 +181,26 @@ def unfit(config: BlockConfig, target: Target) -> list[str]:
             f"{target.num_layers} layers features can come from -1 (the embedding) to {target.num_layers - 2}: "
             "the last one's output is known after the final norm only"
         )
-    if not 0 <= config.mask_token_id < target.vocab_size:
+    if isinstance(config, BlockConfig) and not 0 <= config.mask_token_id < target.vocab_size:
         problems.append(f"its mask token {config.mask_token_id} is not among the target's {target.vocab_size} tokens")
     return problems
 
 
-def tensor_problems(checkpoint: Checkpoint, model: BlockModel) -> list[str]:
+def tensor_problems(checkpoint: Checkpoint, config: DrafterConfig) -> list[str]:
     """Tensors that are missing, too many or of another shape; empty if the file is exactly this model."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shared = (model.config.vocab_size, model.config.hidden_size)
-    found = {name: header.shape for name, header in checkpoint.tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    table = (config.vocab_size, config.hidden_size)
+    shared = {"embed_tokens.weight": table, "lm_head.weight": table}
+    if reduced := getattr(config, "draft_vocab_size", None):
+        shared["lm_head.weight"] = (reduced, config.hidden_size)
+    found = {name: header.shape for name, header in stored_tensors(checkpoint).items()}
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
         problems.append(f"{_some(missing)} missing from the file")
     if unexpected := sorted(found.keys() - expected.keys() - set(SHARED)):
         problems.append(f"{_some(unexpected)} in the file, but not in a drafter of this config")
     for name, shape in found.items():
-        wanted = shared if name in SHARED else expected.get(name, shape)
+        wanted = shared[name] if name in SHARED else expected.get(name, shape)
         if shape != wanted:
             problems.append(f"{name} has shape {list(shape)}, expected {list(wanted)}")
     return problems
@@ -161,14 +218,41 @@ class OwnEmbedding(nn.Module):
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
-def _is_targets(checkpoint: Checkpoint, name: str, target: Target) -> bool:
-    """Whether the stored copy is the target's own tensor, in the dtype in which the target runs."""
-    embedding = (
-        target.model.get_input_embeddings() if name == "embed_tokens.weight" else target.model.get_output_embeddings()
-    )
+def is_targets(checkpoint: Checkpoint, name: str, target: Target, ids: Tensor | None = None) -> bool:
+    """Whether the stored copy is the target's own tensor, in the dtype in which the target runs.
+
+    ids [W]  of a head with a reduced vocabulary: the target's rows that it should be
+    """
+    is_head = name == "lm_head.weight"
+    embedding = target.model.get_output_embeddings() if is_head else target.model.get_input_embeddings()
     ours: Tensor = embedding.weight
-    stored = checkpoint.read([name])[name]
+    if is_head and ids is not None:
+        ours = ours[ids.to(ours.device)]
+    stored = read_tensors(checkpoint, [name])[name]
     return ours.shape == stored.shape and all(torch.equal(a, b) for a, b in _chunks(ours, stored))
+
+
+def _check_vocabulary(checkpoint: Checkpoint, model: DrafterModel) -> None:
+    ids = vocabulary(model)
+    if ids is None:
+        return
+    known: Tensor = model.t2d  # type: ignore[assignment]
+    inside = (ids >= 0) & (ids < len(known))
+    if not bool(inside.all()) or len(ids.unique()) != len(ids) or int(known.sum()) != len(ids) or not known[ids].all():
+        raise CheckpointError(
+            f"{checkpoint.name}: d2t and t2d do not describe one vocabulary; expected d2t to hold the target id minus "
+            "the draft id of every draft token, and t2d to mark just those target ids. Copy the file again"
+        )
+
+
+def _vocab_size(config: Mapping[str, Any]) -> Any:
+    return (config.get("transformer_layer_config") or config).get("vocab_size")
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def _chunks(ours: Tensor, stored: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:

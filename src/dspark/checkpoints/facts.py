@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dspark.checkpoints.dialects import canonical, dialect
-from dspark.checkpoints.drafter import SHARED, empty_model, read_config, tensor_problems, unfit
+from dspark.checkpoints.drafter import SHARED, for_target, read_config, stored_tensors, tensor_problems, unfit
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
+from dspark.drafters.block_model import BlockConfig
+from dspark.drafters.eagle3_model import Eagle3Config
 from dspark.target.target import Target
 
 
@@ -25,31 +27,46 @@ def check_fit(path: str, target: Target) -> list[str]:
         if vocab_size == target.vocab_size:
             return []
         return [f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}"]
-    config = read_config(checkpoint)
-    return [*unfit(config, target), *tensor_problems(checkpoint, empty_model(checkpoint, config))]
+    config = for_target(read_config(checkpoint), target)
+    return [*unfit(config, target), *tensor_problems(checkpoint, config)]
 
 
 def _describe_drafter(checkpoint: Checkpoint, written_by: str) -> dict[str, Any]:
-    config = read_config(checkpoint)
-    own = {name: header for name, header in checkpoint.tensors.items() if name not in SHARED}
+    config, stored = read_config(checkpoint), stored_tensors(checkpoint)
+    is_copy = {name: name in SHARED and not getattr(config, "trains_lm_head", False) for name in stored}
     return {
         "kind": "drafter",
         "architecture": checkpoint.architecture,
         "dialect": written_by,
         "backbone": str(canonical(checkpoint.config, checkpoint.name)["architectures"][0]),
-        "parameters": sum(header.numel for header in own.values()),
-        "copied_from_target": sum(header.numel for name, header in checkpoint.tensors.items() if name in SHARED),
+        "parameters": sum(header.numel for name, header in stored.items() if not is_copy[name]),
+        "copied_from_target": sum(header.numel for name, header in stored.items() if is_copy[name]),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
+        **(_describe_block(config) if isinstance(config, BlockConfig) else _describe_eagle3(config)),
+        "target_layers": config.num_target_layers or None,
+        **_storage(checkpoint),
+    }
+
+
+def _describe_block(config: BlockConfig) -> dict[str, Any]:
+    return {
         "block_size": config.block_size,
         "head": config.markov_head_type if config.markov_rank else "none",
         "head_rank": config.markov_rank,
         "confidence_head": config.enable_confidence_head,
         "feature_layers": list(config.target_layer_ids),
-        "target_layers": config.num_target_layers or None,
         "mask_token_id": config.mask_token_id,
-        **_storage(checkpoint),
+    }
+
+
+def _describe_eagle3(config: Eagle3Config) -> dict[str, Any]:
+    return {
+        "trained_steps": config.ttt_length,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "confidence_head": False,
+        "feature_layers": list(config.target_layer_ids) or "the target's usual three",
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dspark.drafters.block_model import BlockModel
-from dspark.drafters.context_rows import ContextRows
+from dspark.drafters.context_rows import ContextRows, unread
 from dspark.errors import InvalidConfiguration
 from dspark.target.compiled import few_guards, frozen_weights
 from dspark.types import Draft, Request, Rule
@@ -119,7 +119,7 @@ class BlockDrafter:
         for_graph: as many news as one step can bring at most, the same number whatever was accepted.
         """
         ids, size = [r.id for r in requests], len(requests)
-        runs, pieces = self._news(requests)
+        runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim(ids, runs)
         positions = [p for run in runs for p in run]
         features = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else self.model.fc.weight[:0]
@@ -159,23 +159,6 @@ class BlockDrafter:
             keys=self.rows.keys,
             values=self.rows.values,
         )
-
-    def _news(self, requests: Sequence[Request]) -> tuple[list[range], list[Tensor]]:
-        """Positions of each request that were not read before, and the features [n, F] of those that have any."""
-        runs, pieces = [], []
-        for r in requests:
-            start, stop = self.rows.num_read(r.id), r.num_cached
-            assert stop == len(r.tokens) - 1, f"request {r.id}: the target has not read all but the anchor"
-            if start < stop:
-                have = None if r.features is None else range(r.features_start, r.features_start + len(r.features))
-                assert have and have.start <= start and have.stop == stop, (
-                    f"request {r.id}: features of {start}..{stop - 1} are needed, {have} are there"
-                )
-                if self.rows.window is not None:
-                    start = max(start, stop - self.rows.window)
-                pieces.append(r.features[start - have.start :])  # type: ignore[index]
-            runs.append(range(start, stop))
-        return runs, pieces
 
     def _run(self, step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """A whole step; tensors only, so that it can be one graph."""

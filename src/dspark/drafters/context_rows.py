@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dspark.types import Request
+
 
 class ContextRows:
     """Keys and values of committed positions, and room in every row for the block being drafted.
@@ -104,3 +106,21 @@ class ContextRows:
     def is_prefix(self, request_ids: Sequence[int]) -> bool:
         """Whether these requests have rows 0, 1, 2, … in this order: their context is a view then."""
         return list(request_ids) == self._owners[: len(request_ids)]
+
+
+def unread(rows: ContextRows, requests: Sequence[Request]) -> tuple[list[range], list[Tensor]]:
+    """Positions of each request that were not read before, and the features [n, F] of those that have any."""
+    runs, pieces = [], []
+    for r in requests:
+        start, stop = rows.num_read(r.id), r.num_cached
+        assert stop == len(r.tokens) - 1, f"request {r.id}: the target has not read all but the anchor"
+        if start < stop:
+            have = None if r.features is None else range(r.features_start, r.features_start + len(r.features))
+            assert have and have.start <= start and have.stop == stop, (
+                f"request {r.id}: features of {start}..{stop - 1} are needed, {have} are there"
+            )
+            if rows.window is not None:
+                start = max(start, stop - rows.window)
+            pieces.append(r.features[start - have.start :])  # type: ignore[index]
+        runs.append(range(start, stop))
+    return runs, pieces

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
-from dspark.checkpoints.dialects import dialect
-from dspark.checkpoints.drafter import load_block_drafter
+from dspark.checkpoints.dialects import MODELS, dialect
+from dspark.checkpoints.drafter import load_block_drafter, read_config
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
 from dspark.drafters.block import BlockDrafter
+from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
+from dspark.drafters.gemma4_layer import Gemma4BlockConfig
 from dspark.drafters.ngram import NGramDrafter
 from dspark.drafters.none import NoDrafter
 from dspark.errors import CheckpointError, InvalidConfiguration
@@ -65,12 +69,13 @@ def _open(name: str, target: Target, options: dict[str, Any]) -> Drafter:
     revision = options.pop("revision", None)
     checkpoint = open_checkpoint(name, revision)
     if dialect(checkpoint.config) is not None:
-        return _call(name, _block, target, {"checkpoint": checkpoint, **options})
+        make = _TRAINED[type(read_config(checkpoint))]
+        return _call(name, make, target, {"checkpoint": checkpoint, **options})
     if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return _call(name, _draft_model, target, {"checkpoint": checkpoint, **options})
     raise CheckpointError(
-        f"{name} is neither a block drafter nor a causal language model: its config says {checkpoint.architecture}. "
-        "Expected Qwen3DSparkModel, Gemma4DSparkModel or a ...ForCausalLM"
+        f"{name} is neither a trained drafter nor a causal language model: its config says {checkpoint.architecture}. "
+        f"Expected {', '.join(MODELS)} or a ...ForCausalLM"
     )
 
 
@@ -83,7 +88,28 @@ def _block(
     dtype: str | torch.dtype | None = None,
 ) -> Drafter:
     loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
+    assert isinstance(loaded.model, BlockModel)
     return BlockDrafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+
+
+def _eagle3(
+    target: Target,
+    checkpoint: Checkpoint,
+    length: int | None = None,
+    window: int | None = None,
+    own_embeddings: bool = False,
+    dtype: str | torch.dtype | None = None,
+) -> Drafter:
+    loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
+    assert isinstance(loaded.model, Eagle3Model)
+    return Eagle3Drafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+
+
+_TRAINED: dict[type, Callable[..., Drafter]] = {
+    BlockConfig: _block,
+    Gemma4BlockConfig: _block,
+    Eagle3Config: _eagle3,
+}
 
 
 def _draft_model(
