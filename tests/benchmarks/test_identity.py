@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.identity import Identity, compare, first_difference, gap_by_model, tolerance
+from benchmarks.identity import Identity, compare, gap_by_model, tolerance
 from benchmarks.measure import Run, Sample, Section
 from benchmarks.prompts import EncodedPrompt
 from dspark.noise import COUPLED, gumbel
@@ -52,8 +52,3 @@ def test_the_gap_above_temperature_0_is_that_of_the_noisy_scores():
     noise = gumbel(5, 2, 1, 4, COUPLED, torch.device("cpu"))[0]
     expected = abs(float((logits / 0.7 + noise)[1] - (logits / 0.7 + noise)[0]))
     assert abs(gap_of([7, 7], 1, 0, 0.7, 5)[0] - expected) < 1e-6
-
-
-def test_first_difference():
-    assert first_difference([1, 2], [1, 2]) is None
-    assert first_difference([1, 2, 3], [1, 5, 6]) == 1

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import data, generate, info
+from dspark.cli import data, generate, info, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -46,7 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, verb in (("generate", generate), ("info", info), ("data", data)):
+    for name, verb in (
+        ("generate", generate),
+        ("info", info),
+        ("data", data),
+        ("verify-lossless", verify_lossless),
+    ):
         summary = (verb.__doc__ or "").splitlines()[0]
         subparser = verbs.add_parser(
             name,
