@@ -30,6 +30,7 @@ LEVELS = {part: len(TIERS) - number for number, tier in enumerate(TIERS) for par
 NEIGHBOURS = {
     ("drafters", "checkpoints"),  # drafters/loading reads checkpoints; checkpoints build drafters.block
     ("checkpoints", "drafters"),
+    ("drafters", "budget"),  # a drafter is loaded with the calibration of its confidences
     ("verify", "sampling"),
     ("sampling", "noise"),
     ("verify", "noise"),

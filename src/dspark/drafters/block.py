@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dspark.budget.calibration import Calibration
 from dspark.drafters.block_model import BlockModel
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.errors import InvalidConfiguration
@@ -66,6 +68,8 @@ class BlockDrafter:
         if window is not None and window < 1:
             raise InvalidConfiguration(f"window must be 1 or more, or None for all positions; got {window}")
         self.model, self.embed_tokens, self.lm_head = model, embed_tokens, lm_head
+        self.folder: Path | None = None  # where it was loaded from
+        self.calibration: Calibration | None = None  # of its confidences, which it states as they are
         self.feature_layers = tuple(model.config.target_layer_ids)
         self.block_size = block_size
         self.length = block_size if length is None else length

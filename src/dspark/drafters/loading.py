@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dspark.budget.calibration import calibration_in
 from dspark.checkpoints.dialects import MODELS, dialect
 from dspark.checkpoints.drafter import load_block_drafter, read_config
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
@@ -89,7 +90,9 @@ def _block(
 ) -> Drafter:
     loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
     assert isinstance(loaded.model, BlockModel)
-    return BlockDrafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+    drafter = BlockDrafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+    drafter.folder, drafter.calibration = checkpoint.path, calibration_in(checkpoint.path)
+    return drafter
 
 
 def _eagle3(

@@ -1,0 +1,253 @@
+"""Make a drafter's confidences mean what they say, from held-out prompts.
+
+Every draft is verified at full length while the target answers; half of the prompts fit the calibration, and the figures
+printed are of the other half. It is stored in the drafter's folder, where every later command finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.errors import InvalidConfiguration, InvalidRequest
+
+if TYPE_CHECKING:
+    from dspark.budget.calibration import Calibration, Outcomes
+    from dspark.budget.reliability import Interval, Report
+    from dspark.target.target import Target
+    from dspark.types import Drafter
+
+_VARIANTS = ("raw", "sts", "affine")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
+    parser.add_argument("--drafter", default="dspark", help="with a confidence head: dspark (default), a folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="a chat JSONL file or a folder of them (all rows), or a training data folder (its held-out 2 %%)",
+    )
+    data.add_argument("--recipe", type=Path, help="TOML with sources: their domains and shares in a data folder")
+    data.add_argument("--shifted", type=Path, help="data of another kind, only judged")
+    data.add_argument("--prompts", type=int, default=450, help="questions, half of them to fit (default 450)")
+    data.add_argument("--max-prompt", type=int, default=288, help="longer questions are left out (default 288 tokens)")
+    data.add_argument("--max-tokens", type=int, default=160, help="tokens per answer at most (default 160)")
+    data.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (default 1)")
+    data.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="default coupled")
+    data.add_argument("--seed", type=int, default=0, help="of the answers and of the halves (default 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--method",
+        choices=["affine", "sts"],
+        default="affine",
+        help="what is stored: temperature and offset by position (default), or the paper's temperatures alone",
+    )
+    output.add_argument("--out", type=Path, help="folder to write to (default: the drafter's)")
+    output.add_argument("--dry-run", action="store_true", help="judge, and write nothing")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    import torch
+
+    from dspark.budget.calibration import Origin, fingerprint, fit_affine, fit_temperatures, split
+    from dspark.budget.reliability import report
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with progress(f"loading {args.target}", args.no_color):
+        from dspark import load_drafter, load_target
+
+        quiet_weights(args.target)
+        target = load_target(args.target, dtype=args.dtype, device=args.device)
+        drafter = load_drafter(args.drafter, target)
+    folder = _folder(args, drafter)
+    started = time.perf_counter()
+    fitting, held_out = split(_collect(args, args.data, target, drafter), args.seed)
+    fitted: dict[str, Calibration | None] = {
+        "raw": None,
+        "sts": fit_temperatures(fitting),
+        "affine": fit_affine(fitting),
+    }
+
+    def judge(outcomes: Outcomes) -> dict[str, Report]:
+        believed = {name: c.apply(outcomes.confidence) if c else outcomes.confidence for name, c in fitted.items()}
+        return {
+            name: report(b.cumprod(1), outcomes.survived, outcomes.known, outcomes.prompts)
+            for name, b in believed.items()
+        }
+
+    judged = {"held out": judge(held_out)}
+    domains = sorted(set(held_out.domains))
+    judged |= {domain: judge(held_out.of_domain(domain)) for domain in domains if len(domains) > 1}
+    if args.shifted:
+        shifted = _collect(args, args.shifted, target, drafter)
+        judged["shifted"] = judge(shifted)
+        judged |= {f"shifted {d}": judge(shifted.of_domain(d)) for d in sorted(set(shifted.domains))}
+
+    def stored(name: str) -> Calibration:
+        calibration, before, after = fitted[name], judged["held out"]["raw"], judged["held out"][name]
+        assert calibration is not None
+        origin = Origin(
+            target=target.name,
+            drafter=args.drafter,
+            weights=fingerprint(drafter.folder),  # type: ignore[attr-defined]  # _folder has asked
+            temperature=args.temperature,
+            rule=args.rule,
+            labels="outcome",
+            method=name,
+            data=tuple(domains),
+            num_prompts=len(fitting.domains),
+            num_rounds=len(fitting.prompts),
+            num_held_out_prompts=len(held_out.domains),
+            num_held_out_rounds=len(held_out.prompts),
+            ece_before=tuple(round(r.ece.value, 4) for r in before.positions),
+            ece_after=tuple(round(r.ece.value, 4) for r in after.positions),
+            auc=tuple(round(r.auc.value, 4) for r in after.positions),
+        )
+        return dataclasses.replace(calibration, origin=origin)
+
+    calibrations = {name: stored(name) for name in ("sts", "affine")}
+    written = [] if args.dry_run else _write(args, folder, calibrations, judged)
+    if args.json:
+        print(json.dumps(_as_json(calibrations, judged, written)))
+    else:
+        _print(args, calibrations, judged)
+        say(
+            f"{time.perf_counter() - started:.0f} s; " + (f"wrote {', '.join(written)}" if written else "wrote nothing")
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("prompts", 2), ("max_prompt", 1), ("max_tokens", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InvalidRequest(f"--{name.replace('_', '-')} must be {least} or more; got {value}")
+    for path in (args.data, args.shifted, args.recipe):
+        if path is not None and not path.exists():
+            raise InvalidRequest(f"{path} does not exist; expected a .jsonl file or a folder (--recipe: a TOML file)")
+
+
+def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
+    """Where to write; asked before anything is measured, so that nothing is measured in vain."""
+    own = getattr(drafter, "folder", None)
+    if own is None:
+        raise InvalidConfiguration(
+            f"the drafter {args.drafter} has no confidence head and no folder, so there is nothing to calibrate "
+            "beforehand: the engine learns its acceptance while serving. Use a drafter such as dspark"
+        )
+    folder: Path = args.out or own
+    if not args.dry_run:
+        if args.out:
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise InvalidConfiguration(f"{folder} cannot be written to: name another folder with --out, or --dry-run")
+    return folder
+
+
+def _collect(args: argparse.Namespace, data: Path, target: Target, drafter: Drafter) -> Outcomes:
+    from dspark.engine.text import render_prompt
+    from dspark.evaluate.outcomes import collect
+    from dspark.train.held_out import choose, questions_of, sources_of
+    from dspark.types import SamplingParams
+
+    sources = sources_of(args.recipe) if args.recipe and data == args.data else ()
+    prompts: list[list[int]] = []
+    domains: list[str] = []
+    for domain, question in choose(questions_of(data, sources, args.seed), 2 * args.prompts):
+        ids = render_prompt(target.tokenizer, question, raw=False)
+        if len(ids) <= args.max_prompt and len(prompts) < args.prompts:
+            prompts.append(ids)
+            domains.append(domain)
+    if len(prompts) < 2:
+        raise InvalidRequest(f"{data} has {len(prompts)} questions of at most {args.max_prompt} tokens; 2 are needed")
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    with progress(f"answering {len(prompts)} questions of {data.name}", args.no_color):
+        return collect(target, drafter, prompts, params, args.rule, domains=domains)
+
+
+def _write(
+    args: argparse.Namespace,
+    folder: Path,
+    calibrations: dict[str, Calibration],
+    judged: dict[str, dict[str, Report]],
+) -> list[str]:
+    from dspark.budget.calibration import FILE, SGLANG_FILE
+    from dspark.budget.reliability import plot_reliability
+
+    calibrations[args.method].save(folder / FILE)
+    calibrations["sts"].save_for_sglang(folder / SGLANG_FILE)
+    picture = folder / "calibration.png"
+    try:
+        plot_reliability(picture, [(name, of["raw"], of[args.method]) for name, of in judged.items()])
+    except InvalidConfiguration as error:
+        say(f"no diagrams: {error}")
+        return [FILE, SGLANG_FILE]
+    return [str(folder / FILE), SGLANG_FILE, picture.name]
+
+
+def _print(
+    args: argparse.Namespace, calibrations: dict[str, Calibration], judged: dict[str, dict[str, Report]]
+) -> None:
+    of = judged["held out"]
+    origin = calibrations["sts"].origin
+    assert origin is not None
+    print(
+        f"fitted on {origin.num_prompts} prompts ({origin.num_rounds:,} rounds), judged on {origin.num_held_out_prompts} "
+        f"others ({origin.num_held_out_rounds:,} rounds); temperature {args.temperature:g}, {args.rule} rule\n"
+    )
+    print(
+        "position  survived  calibration error of survival          chance    AUC    Brier           T    T and offset"
+    )
+    print("                    raw      STS      affine                           raw    affine  STS")
+    rows = zip(*(of[name].positions for name in _VARIANTS), strict=True)
+    for k, (raw, sts, affine) in enumerate(rows):
+        a = calibrations["affine"]
+        print(
+            f"{k + 1:<10}{raw.rate:7.1%}   {_percent(raw.ece)}  {_percent(sts.ece)}  {_percent(affine.ece)}  "
+            f"{affine.ece_floor:7.2%}  {affine.auc.value:.3f}  {raw.brier.value:.3f}  {affine.brier.value:.3f}   "
+            f"{calibrations['sts'].temperatures[k]:.2f}  {a.temperatures[k]:.2f} {a.offsets[k]:+.2f}"
+        )
+    print()
+    print(
+        f"{'mean of positions':<20}prompts  rounds   raw                   STS                   affine"
+        "                chance   AUC"
+    )
+    for name, of in judged.items():
+        values = "  ".join(f"{_percent(of[v].mean_ece)} {_range(of[v].mean_ece):<13}" for v in _VARIANTS)
+        best = of["affine"]
+        auc = sum(r.auc.value for r in best.positions) / len(best.positions)
+        print(f"{name:<20}{best.num_prompts:>7} {best.num_rounds:>7,}   {values}  {best.mean_floor:.2%}   {auc:.3f}")
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:6.2%}"
+
+
+def _range(interval: Interval) -> str:
+    return f"({100 * interval.low:.2f}-{100 * interval.high:.2f})"
+
+
+def _as_json(
+    calibrations: dict[str, Calibration], judged: dict[str, dict[str, Report]], written: list[str]
+) -> dict[str, Any]:
+    return {
+        "calibrations": {name: dataclasses.asdict(c) for name, c in calibrations.items()},
+        "judged": {name: {v: dataclasses.asdict(of[v]) for v in _VARIANTS} for name, of in judged.items()},
+        "written": written,
+    }
