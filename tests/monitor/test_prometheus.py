@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dspark.engine.engine import Engine
 from dspark.monitor.canaries import Outcome
-from dspark.monitor.prometheus import Metrics, Objectives
-from dspark.types import SamplingParams
+from dspark.monitor.prometheus import Metrics
+from dspark.monitor.request_metrics import Objectives
+from dspark.types import Round, SamplingParams
 from engine.models import OracleDrafter, random_target
 from monitor.records import finished, step
 
@@ -153,7 +154,7 @@ def test_no_request_can_add_a_series():
         record.seconds[f"phase {i}"] = 1.0
         m.step(record)
         m.request(finished(request_id=i, drafter=f"drafter {i}", finish_reason=f"reason {i}"))
-    m.canary(Outcome("equal"))
+    m.canary(Outcome("equal", finished(), []))
     assert set(values(m)) == names
 
 
@@ -193,3 +194,22 @@ def test_skipped_drafts_by_reason():
     v = values(m)
     assert (v["dspark_skipped_drafts_total.load"], v["dspark_skipped_drafts_total.other"]) == (1, 1)
     assert v["dspark_draft_faults_total"] == 2
+
+
+def test_budget_and_cost_by_load():
+    m = metrics()
+    m.step(step(drafted=(7,) * 3, verified=(4, 2, 3), accepted=(1, 0, 3), seconds=0.4, predicted_seconds=0.2))
+    v = values(m)
+    assert [v[f"dspark_load_{n}_total.4"] for n in ("passes", "verified_tokens", "committed_tokens")] == [3, 9, 7]
+    assert v["dspark_cost_steps_total.16"] == 1
+    assert v["dspark_cost_measured_seconds_total.16"] == pytest.approx(0.3)
+    assert v["dspark_cost_believed_seconds_total.16"] == pytest.approx(0.2)
+
+
+def test_first_token_acceptance_by_class_of_request():
+    m = metrics()
+    rounds = [Round(7, 5, 2), Round(7, 5, 0), Round(0, 0, 0)]
+    m.request(finished(rounds=rounds, params=SamplingParams(temperature=0)))
+    v = values(m)
+    found = [v[f"dspark_class_{n}_total.{c}"] for c in ("greedy", "sampled") for n in ("drafts", "first_token_hits")]
+    assert found == [2, 1, 0, 0]

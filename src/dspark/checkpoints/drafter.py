@@ -126,7 +126,7 @@ def for_target(config: DrafterConfig, target: Target) -> DrafterConfig:
     if config.target_layer_ids or not isinstance(config, Eagle3Config):
         return config
     n = target.num_layers
-    if n < 6:
+    if n < 7:
         raise CheckpointError(
             f"the drafter names no feature layers, and the usual ones (second, middle, fourth from the end) are not "
             f"three layers of a target with {n}: add eagle_config.eagle_aux_hidden_state_layer_ids to its config.json"
@@ -219,7 +219,7 @@ class OwnEmbedding(nn.Module):
 
 
 def is_targets(checkpoint: Checkpoint, name: str, target: Target, ids: Tensor | None = None) -> bool:
-    """Whether the stored copy is the target's own tensor, in the dtype in which the target runs.
+    """Whether the stored copy is the target's own tensor, up to rounding to the coarser dtype of the two.
 
     ids [W]  of a head with a reduced vocabulary: the target's rows that it should be
     """
@@ -256,9 +256,10 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _chunks(ours: Tensor, stored: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces in one dtype, so that comparing needs no second copy of a large table."""
+    """Pieces in the coarser of the two dtypes, in which a rounded copy equals what it was rounded from."""
+    dtype = min(ours.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)
     for start in range(0, len(ours), rows):
-        yield ours[start : start + rows], stored[start : start + rows].to(ours.device, ours.dtype)
+        yield ours[start : start + rows].to(dtype), stored[start : start + rows].to(ours.device, dtype)
 
 
 def _some(names: list[str], at_most: int = 4) -> str:

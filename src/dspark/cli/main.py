@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, data, generate, info, verify_lossless
+from dspark.cli import calibrate, convert, data, generate, info, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in (
         ("generate", generate),
         ("info", info),
+        ("convert", convert),
         ("data", data),
         ("calibrate", calibrate),
         ("verify-lossless", verify_lossless),

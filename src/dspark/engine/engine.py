@@ -151,6 +151,13 @@ class Engine:
         if request.finish_reason is None:
             self._finish(request, "cancelled")
 
+    def set_aside(self) -> None:
+        """Give back every slot: who runs waits again, first in line, and is read anew. For work that yields to other work."""
+        while self.batcher.running:
+            request = self.batcher.running.pop()
+            self.batcher.waiting.appendleft(request)
+            self._forget(request)
+
     def fail_running(self) -> list[Request]:
         """After `step` raised: end the requests that were in it with reason `error` and free all they hold."""
         failed = list(self.batcher.running or self.batcher.waiting)  # nobody runs: it failed to let them in

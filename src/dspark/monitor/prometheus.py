@@ -6,15 +6,16 @@ read them here. Everything else is `dspark_*`. Labels come from closed sets: no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspark.errors import DSparkError
 from dspark.monitor.calibration_error import Reliability
+from dspark.monitor.drift import CLASSES
 from dspark.monitor.judged import judged_tokens
+from dspark.monitor.load_metrics import LoadMetrics
 from dspark.monitor.recent import RecentRatio
+from dspark.monitor.request_metrics import Objectives, RequestMetrics
 from dspark.monitor.speedup import PlainReference
 from dspark.types import StepRecord
 
@@ -30,27 +31,12 @@ if TYPE_CHECKING:
 MAX_POSITIONS = 32  # draft positions with a series of their own; deeper ones count with the last
 PHASES = ("admit", "draft", "schedule", "target", "verify", "commit")
 SKIP_REASONS = ("load", "difficulty", "probe", "fault")
-FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
-OBJECTIVES = ("ttft", "per_token")
+DRIFT_SIGNALS = ("first_token_acceptance", "target_logprob")
 OUTCOMES = ("equal", "explained", "unexplained", "abandoned")
 _OTHER = "other"
 _MEMORY_SECONDS = 60.0  # of steps, in the gauges that fade
-_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 _LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
-_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """Latency that a request should keep; a request that does is `good` in `dspark_slo_good_total`.
-
-    ttft_seconds       from arrival to the first token
-    per_token_seconds  mean time of every later token
-    """
-
-    ttft_seconds: float = 1.0
-    per_token_seconds: float = 0.1
 
 
 class Metrics:
@@ -72,7 +58,7 @@ class Metrics:
         process: bool = True,
     ) -> None:
         self.target, self.drafter, self.num_slots = target, drafter, num_slots
-        self.objectives, self.cost = objectives or Objectives(), cost
+        self.cost = cost
         prom.disable_created_metrics()  # `vllm bench serve` adds up every line of a name, creation times included
         self.registry = prom.CollectorRegistry()
         self.plain = PlainReference()
@@ -80,7 +66,8 @@ class Metrics:
         self.cost_error, self.regret = RecentRatio(_MEMORY_SECONDS), RecentRatio(_MEMORY_SECONDS)
         self._make_speculation()
         self._make_engine()
-        self._make_requests()
+        self.requests = RequestMetrics(self.registry, objectives or Objectives())
+        self.load = LoadMetrics(self.registry)
         self._make_checks()
         self._info(target, drafter)
         if process:
@@ -166,28 +153,11 @@ class Metrics:
         )
         speedup.set_function(lambda: self.plain.speedup)
 
-    def _make_requests(self) -> None:
-        finished = self._counter("dspark_requests_finished", "requests that ended", ["reason"])
-        self.finished = {reason: finished.labels(reason) for reason in (*FINISH_REASONS, _OTHER)}
-        self.generated = self._counter("dspark_generation_tokens", "tokens in finished requests")
-        self.ttft = self._histogram("dspark_time_to_first_token_seconds", "from arrival to the first token", _LATENCY)
-        self.inter_token = self._histogram(
-            "dspark_inter_token_latency_seconds", "between two streamed events of a request", _LATENCY
-        )
-        self.per_output_token = self._histogram(
-            "dspark_time_per_output_token_seconds", "mean per token after the first, by request", _LATENCY
-        )
-        self.e2e = self._histogram("dspark_e2e_request_latency_seconds", "from arrival to the last token", _LATENCY)
-        self.queue = self._histogram("dspark_request_queue_time_seconds", "from arrival to the first step", _LATENCY)
-        self.prompt_length = self._histogram("dspark_request_prompt_tokens", "prompt tokens per request", _TOKENS)
-        self.output_length = self._histogram("dspark_request_generation_tokens", "tokens per request", _TOKENS)
-        judged = self._counter("dspark_slo_requests", "requests judged by a latency objective", ["objective"])
-        good = self._counter("dspark_slo_good", "requests that kept the objective", ["objective"])
-        self.slo = {name: (judged.labels(name), good.labels(name)) for name in OBJECTIVES}
-
     def _make_checks(self) -> None:
         canaries = self._counter("dspark_canaries", "finished requests replayed without speculation", ["outcome"])
         self.canaries = {name: canaries.labels(name) for name in OUTCOMES}
+        alarms = self._counter("dspark_drift_alarms", "changes that nobody announced", ["signal", "request_class"])
+        self.drift_alarms = {(s, c): alarms.labels(s, c) for s in DRIFT_SIGNALS for c in CLASSES}
         by_bin = {
             name: self._counter(f"dspark_confidence_{name}", text, ["bin"])
             for name, text in (
@@ -230,6 +200,7 @@ class Metrics:
         self._count_drafts(record)
         self._count_verdicts(record)
         self._compare_with_belief(record)
+        self.load.observe(record)
         self._compare_with_plain(record, seconds)
 
     def _count_drafts(self, record: StepRecord) -> None:
@@ -300,37 +271,13 @@ class Metrics:
 
     def request(self, record: RequestRecord) -> None:
         """Observer of finished requests."""
-        self.finished.get(record.finish_reason, self.finished[_OTHER]).inc()
-        self.generated.inc(len(record.token_ids))
-        self.prompt_length.observe(len(record.prompt_token_ids))
-        if record.start_seconds is not None:
-            self.queue.observe(record.start_seconds - record.arrival_seconds)
-        times = record.token_seconds
-        if not times:
-            return
-        self.output_length.observe(len(times))
-        self.e2e.observe(times[-1] - record.arrival_seconds)
-        for gap in _gaps(times):
-            self.inter_token.observe(gap)
-        ttft = times[0] - record.arrival_seconds
-        self.ttft.observe(ttft)
-        self._judge("ttft", ttft <= self.objectives.ttft_seconds)
-        if len(times) > 1:
-            per_token = (times[-1] - times[0]) / (len(times) - 1)
-            self.per_output_token.observe(per_token)
-            self._judge("per_token", per_token <= self.objectives.per_token_seconds)
+        self.requests.observe(record)
 
-    def _judge(self, objective: str, is_kept: bool) -> None:
-        judged, good = self.slo[objective]
-        judged.inc()
-        good.inc(is_kept)
+    def plain_step(self, record: StepRecord) -> None:
+        """Observer of plain steps outside of serving (canaries): what plain decoding takes here and now."""
+        if record.request_ids and not record.num_prompt_tokens:
+            self.plain.observe(len(record.request_ids), sum(record.seconds.values()))
 
     def canary(self, outcome: Outcome) -> None:
         """Observer of replayed requests."""
         self.canaries[outcome.kind].inc()
-
-
-def _gaps(times: Iterable[float]) -> list[float]:
-    """Seconds between events; the tokens of one step came as one event."""
-    events = sorted(set(times))
-    return [later - earlier for earlier, later in pairwise(events)]
