@@ -9,17 +9,18 @@ import pytest
 from dspark.errors import InvalidConfiguration
 from dspark.losses import LossWeights
 from dspark.train.draft_lm import DraftSettings
+from dspark.train.kinds import make_config
 from dspark.train.regenerate import RegenerateSettings
-from dspark.train.settings import read_recipe
+from dspark.train.settings import read_recipe, read_toml
+from dspark.train.student import TrainSettings
 from dspark.train.target_lm import TargetSettings
-from dspark.train.trainer import DrafterSettings, TrainSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 TABLES = {
     "target.toml": {"target": TargetSettings},
     "text.toml": {"regenerate": RegenerateSettings},
-    "dspark.toml": {"drafter": DrafterSettings, "train": TrainSettings, "loss": LossWeights},
-    "dflash.toml": {"drafter": DrafterSettings, "train": TrainSettings, "loss": LossWeights},
+    "dspark.toml": {"train": TrainSettings, "loss": LossWeights},
+    "dflash.toml": {"train": TrainSettings, "loss": LossWeights},
     "draft.toml": {"draft": DraftSettings},
 }
 
@@ -32,13 +33,13 @@ def test_all_shipped_recipes_can_be_read() -> None:
 
 
 def test_dspark_and_dflash_differ_in_their_heads_only() -> None:
-    dspark, dflash = (
-        [read_recipe(RECIPES / f"{name}.toml", table, kind) for table, kind in TABLES["dspark.toml"].items()]
-        for name in ("dspark", "dflash")
-    )
-    assert dspark[1:] == dflash[1:]
-    heads = {"markov_rank", "enable_confidence_head"}
-    assert {key for key, value in vars(dspark[0]).items() if getattr(dflash[0], key) != value} == heads
+    dspark, dflash = (read_toml(RECIPES / f"{name}.toml") for name in ("dspark", "dflash"))
+    shape = dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    shape |= dict(vocab_size=4096, num_target_layers=8)
+    configs = [vars(make_config(table.pop("drafter"), shape, None, "here")[1]) for table in (dspark, dflash)]
+    assert dspark == dflash
+    heads = {"markov_rank", "enable_confidence_head", "confidence_head_with_markov"}
+    assert {key for key, value in configs[0].items() if configs[1][key] != value} == heads
 
 
 def test_drafters_are_prompted_with_the_targets_own_chat_sources() -> None:

@@ -75,7 +75,7 @@ def test_answers_come_in_the_order_of_the_input_and_a_later_line_counts(tmp_path
 
 
 def test_what_says_how_texts_were_made_comes_back_or_is_refused(tmp_path: Path) -> None:
-    info = TextsInfo("tiny", 4096, "abc", "def", "prepare", {"max_length": 9}, {"read": 3})
+    info = TextsInfo("tiny", 4096, "012", "abc", "def", "prepare", {"max_length": 9}, {"read": 3})
     info.save(tmp_path)
     assert read_infos(tmp_path) == [info]
     (tmp_path / "texts.json").write_text("{}", encoding="utf-8")

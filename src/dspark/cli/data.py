@@ -155,7 +155,7 @@ def _server(args: argparse.Namespace, renderer: Renderer) -> Any:
 def _goes_on(args: argparse.Namespace, settings: AnswerSettings, renderer: Renderer, vocab_size: int) -> bool:
     """Write down how this folder is made, or make sure that it goes on in the same way. Returns whether it goes on."""
     from dspark.train.prepare import input_of
-    from dspark.train.rendering import fingerprint, template_fingerprint
+    from dspark.train.rendering import fingerprint, template_fingerprint, tokenizer_fingerprint
     from dspark.train.texts import INFO, TextsInfo, read_infos
 
     wanted = asdict(settings) | {"input": input_of(args.inputs), "on_error": args.on_error}
@@ -163,6 +163,7 @@ def _goes_on(args: argparse.Namespace, settings: AnswerSettings, renderer: Rende
     info = TextsInfo(
         target=os.fspath(args.target),
         vocab_size=vocab_size,
+        tokenizer=tokenizer_fingerprint(renderer.tokenizer),
         template=template_fingerprint(renderer.tokenizer),
         system_prompt=fingerprint(args.system),
         made_by="regenerate",
@@ -174,7 +175,7 @@ def _goes_on(args: argparse.Namespace, settings: AnswerSettings, renderer: Rende
         info.save(args.out)
         return False
     [before, *_] = read_infos(args.out)
-    for name in ("target", "vocab_size", "template", "system_prompt", "made_by"):
+    for name in ("target", "vocab_size", "tokenizer", "template", "system_prompt", "made_by"):
         if getattr(before, name) != getattr(info, name):
             raise InvalidConfiguration(
                 f"{args.out} was made with another {name.replace('_', ' ')}: use a new folder, or the same as then"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, convert, data, generate, info, verify_lossless
+from dspark.cli import calibrate, convert, data, generate, info, train, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         ("info", info),
         ("convert", convert),
         ("data", data),
+        ("train", train),
         ("calibrate", calibrate),
         ("verify-lossless", verify_lossless),
     ):

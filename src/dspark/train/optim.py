@@ -1,7 +1,8 @@
-"""Optimisers for small models trained in minutes: Muon for matrices, AdamW for the rest, and a running mean of weights."""
+"""Optimisers (AdamW, or Muon for matrices with AdamW for the rest), schedules, and a running mean of weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,6 +68,20 @@ def make_optimizers(
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr_rest, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
         optimizers.append(Muon(matrices, lr_matrices, weight_decay=weight_decay))
+    return _with_peaks(optimizers)
+
+
+def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; weight decay for matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return _with_peaks([torch.optim.AdamW([g for g in groups if g["params"]], lr, betas=(0.9, 0.95))])
+
+
+def _with_peaks(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -87,8 +102,22 @@ def trapezoid(step: int, num_steps: int, warmup: float, decay: float) -> float:
     )
 
 
+def cosine(step: int, num_steps: int, warmup: float, decay: float) -> float:
+    """Up over the first share of the steps, then down to 0 along half a cosine; decay has no meaning here."""
+    rising = max(1.0, warmup * num_steps)
+    if step + 1 <= rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1.0, num_steps - rising)))
+
+
+SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {"trapezoid": trapezoid, "cosine": cosine}
+
+
 class RunningMean:
-    """Exponential mean of a model's parameters; young ones forget faster, so the initial weights leave no trace."""
+    """Exponential mean of a model's parameters; young ones forget faster, so the initial weights leave no trace.
+
+    decay  0: no mean, just the parameters
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

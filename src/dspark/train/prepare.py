@@ -10,7 +10,7 @@ from typing import Any
 
 from dspark.errors import InvalidConfiguration
 from dspark.train.records import Malformed, Record, files_of
-from dspark.train.rendering import Renderer, Unusable, fingerprint, template_fingerprint
+from dspark.train.rendering import Renderer, Unusable, fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.train.texts import Text, TextsInfo, save_texts
 
 _TEXTS_PER_SHARD = 4096
@@ -69,6 +69,7 @@ def prepare(
     TextsInfo(
         target=target,
         vocab_size=vocab_size,
+        tokenizer=tokenizer_fingerprint(renderer.tokenizer),
         template=template_fingerprint(renderer.tokenizer),
         system_prompt=fingerprint(renderer.system),
         made_by="prepare",

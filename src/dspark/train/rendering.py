@@ -150,6 +150,11 @@ def template_fingerprint(tokenizer: Any) -> str:
     return "none" if template is None else fingerprint(template)
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Equal where the same tokens have the same ids."""
+    return fingerprint(tokenizer.get_vocab())
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -35,13 +35,23 @@ def from_table(table: Mapping[str, Any], kind: type[Settings], where: str) -> Se
         raise InvalidConfiguration(f"{where}: {error}") from error
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The whole file, as tables."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise InvalidConfiguration(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidConfiguration(f"the recipe {path} is not TOML: {error}") from error
+
+
 def read_recipe(path: Path, table: str, kind: type[Settings], overrides: Mapping[str, Any] | None = None) -> Settings:
     """One table of a recipe. `[[sources]]` at the top of the file goes to every dataclass with a field of that name.
 
     overrides   values from flags; None leaves the recipe's own
     """
-    with path.open("rb") as file:
-        recipe = tomllib.load(file)
+    recipe = read_toml(path)
     if table not in recipe:
         raise InvalidConfiguration(f"expected a table [{table}] in {path}; it has {', '.join(recipe) or 'none'}")
     values = dict(recipe[table])

@@ -57,6 +57,7 @@ class TextsInfo:
 
     target: str
     vocab_size: int
+    tokenizer: str
     template: str
     system_prompt: str
     made_by: str

@@ -1,348 +1,287 @@
 """Train drafters on texts their target wrote.
 
-    python -m dspark.train.trainer --target DIR --texts DIR --recipe recipes/tiny/dspark.toml --out DIR
-
-The trainer knows of a drafter only that it has `loss(batch, embed, lm_head, weights)`. It can be stopped at any time
-and goes on where it was: texts are taken in an order that depends on the seed and the step alone.
+The trainer knows of a drafter only that it has `loss(batch, embed, lm_head, weights)`. It can be stopped at any moment,
+by a kill too, and goes on with the same bits: which texts a step reads, and where their blocks begin, depends on the
+seed and the step alone, and everything else is in one file that is replaced in one step.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import SafetensorError
 
-from dspark.checkpoints import save_drafter
-from dspark.drafters.block_model import BlockConfig, BlockModel, TraceBatch
-from dspark.errors import DSparkError, InvalidConfiguration
-from dspark.losses import Losses, LossWeights
+from dspark.drafters.block_model import TraceBatch
+from dspark.errors import CheckpointError, DSparkError, InvalidConfiguration
+from dspark.losses import Losses
+from dspark.target.target import Target
 from dspark.train.anchors import choose_anchors
-from dspark.train.optim import RunningMean, make_optimizers, set_learning_rate, trapezoid
-from dspark.train.settings import read_recipe
-from dspark.train.texts import Text, batches, pad, read_texts, split_validation
+from dspark.train.decoding import Decoding, decode
+from dspark.train.distributed import Objective, gathered, join, mean_over_processes
+from dspark.train.files import replace_file
+from dspark.train.optim import SCHEDULES
+from dspark.train.plan import Plan, identity
+from dspark.train.run_log import Curves, ProgressBar, time_left
+from dspark.train.student import Student, numbers
+from dspark.train.texts import Text, batches, pad, split_validation
 from dspark.train.traces import TargetStates
 
+STATE = "training_state.pt"
+_UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # what a full disk makes the libraries raise
+_PLAIN_PROMPT = 32  # tokens of a plain text that validation continues
 
-@dataclass(frozen=True)
-class DrafterSettings:
-    """The drafter's shape; what is not here is the target's own (width, heads, vocabulary, rotation)."""
-
-    num_hidden_layers: int
-    target_layer_ids: tuple[int, ...]
-    mask_token_id: int
-    block_size: int = 7
-    intermediate_size: int | None = None
-    markov_rank: int = 0
-    markov_head_type: str = "vanilla"
-    enable_confidence_head: bool = False
-    confidence_head_with_markov: bool = True
-
-    def config(self, target: dict[str, Any]) -> BlockConfig:
-        """target: config.json of the target, a text config."""
-        own = {key: value for key, value in vars(self).items() if value is not None}
-        return BlockConfig.from_dict({**target, **own, "num_target_layers": target["num_hidden_layers"]})
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a drafter is trained.
-
-    tokens_per_batch   prompt and padding included
-    anchors_per_batch  blocks in one step, spread evenly over its texts
-    warmup, decay      shares of the steps in which the learning rate rises and falls
-    mean_decay         of the running mean of the weights, which is what is saved
-    num_validation     texts that are only evaluated
-    start_from_target  copy the target's last layers instead of drawing weights
-    """
-
-    steps: int
-    tokens_per_batch: int = 2560
-    anchors_per_batch: int = 512
-    lr_matrices: float = 0.02
-    lr_rest: float = 0.004
-    weight_decay: float = 0.05
-    warmup: float = 0.02
-    decay: float = 0.4
-    mean_decay: float = 0.998
-    clip: float = 1.0
-    num_validation: int = 256
-    validate_every: int = 500
-    save_seconds: float = 180.0
-    log_every: int = 25
-    max_length: int = 512
-    start_from_target: bool = False
-    seed: int = 0
-
-
-class Student:
-    """One drafter in training: its model, optimisers, running mean, losses, and the files it is written to."""
-
-    def __init__(
-        self, config: BlockConfig, settings: TrainSettings, weights: LossWeights, out: Path, teacher: Any
-    ) -> None:
-        torch.manual_seed(settings.seed)
-        self.weights, self.out, self.settings = weights, out, settings
-        out.mkdir(parents=True, exist_ok=True)
-        self.model = BlockModel(config)
-        if settings.start_from_target:
-            start_from_target(self.model, teacher.model)
-        else:
-            start_as_identity(self.model)
-        self.mean = RunningMean(self.model, settings.mean_decay)
-        self.optimizers = make_optimizers(self.model, settings.lr_matrices, settings.lr_rest, settings.weight_decay)
-        self.smooth: dict[str, float] = {}
-
-    def losses(
-        self, batch: TraceBatch, embed: nn.Module, lm_head: nn.Linear, model: BlockModel | None = None
-    ) -> Losses:
-        with torch.autocast("cpu", torch.bfloat16):
-            return (model or self.model).loss(batch, embed, lm_head, self.weights)
-
-    def learn(self, losses: Losses, scale: float) -> None:
-        """One optimiser step at `scale` times the peak learning rates."""
-        if not math.isfinite(float(losses.total.detach())):
-            raise DSparkError(
-                f"the loss of {self.out.name} became {float(losses.total.detach())}. The last saved state is as it was; "
-                "lower lr_matrices and lr_rest in the recipe, or raise warmup, and start again in a new folder"
-            )
-        set_learning_rate(self.optimizers, scale)
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.mean.update(self.model)
-        for name, value in numbers(losses).items():
-            self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
-
-    def averaged(self) -> BlockModel:
-        model = BlockModel(self.model.config)
-        model.load_state_dict(self.mean.mean)
-        return model.eval()
-
-    def log(self, kind: str, values: dict[str, float], progress: dict[str, float]) -> None:
-        row = {"kind": kind, **progress, **{name: round(value, 5) for name, value in values.items()}}
-        print(self.out.name, " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        path = self.out / f"{kind}.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def save(self, progress: dict[str, float]) -> None:
-        """The averaged weights as a checkpoint others can load, and everything needed to go on."""
-        save_drafter(self.averaged(), self.out)
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        state = {
-            "progress": progress,
-            "model": self.model.state_dict(),
-            "mean": self.mean.state_dict(),
-            "optimizers": optimizers,
-        }
-        torch.save(state, self.out / "training_state.partial")
-        (self.out / "training_state.partial").rename(self.out / "training_state.pt")
-
-    def resume(self) -> dict[str, float] | None:
-        """Go on from training_state.pt, if there is one."""
-        path = self.out / "training_state.pt"
-        if not path.exists():
-            return None
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.mean.load_state_dict(state["mean"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        progress: dict[str, float] = state["progress"]
-        return progress
-
-
-def numbers(losses: Losses) -> dict[str, float]:
-    return {
-        name: float(getattr(losses, name).detach()) for name in ("total", "cross_entropy", "l1", "confidence", "tau")
-    }
+States = Callable[[list[Text], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(texts, token_ids [B, S]) -> features [B, S, F], last_hidden [B, S, H]"""
 
 
 class Trainer:
-    """Teaches students side by side: each batch and the target's states over it are made once for all of them."""
+    """Teaches students side by side: each batch and the target's states over it are made once for all of them.
+
+    stored  where states come from instead of the target (traces that were kept on disk)
+    """
 
     def __init__(
         self,
-        target: Path,
-        texts: Path,
-        settings: TrainSettings,
-        recipes: Sequence[tuple[BlockConfig, TrainSettings, LossWeights, Path]],
+        plan: Plan,
+        target: Target,
+        stored: States | None = None,
+        is_quiet: bool = False,
+        tensorboard: bool = False,
     ) -> None:
-        self.settings = settings
-        teacher = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval().requires_grad_(False)
+        self.plan, self.settings, self.target, self.is_quiet = plan, plan.settings, target, is_quiet
+        self.rank, self.num_processes = join()
+        self.is_first = self.rank == 0
+        self.identity = identity(plan, self.num_processes)
+        teacher = target.model.requires_grad_(False)
         self.embed, self.lm_head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
-        self.students = [Student(config, own, weights, out, teacher) for config, own, weights, out in recipes]
-        layer_ids = {student.model.config.target_layer_ids for student in self.students}
-        if len(layer_ids) != 1:
-            raise InvalidConfiguration(
-                f"drafters trained together must want the same target layers; got {sorted(layer_ids)}"
-            )
-        self.states = TargetStates(teacher, *layer_ids)
-        everything = read_texts(texts, max_length=settings.max_length)
-        if not 0 < settings.num_validation < len(everything):
-            raise InvalidConfiguration(
-                f"expected num_validation between 1 and {len(everything) - 1}, as there are {len(everything)} texts; "
-                f"got {settings.num_validation}"
-            )
-        self.train_texts, self.validation_texts = split_validation(everything, settings.num_validation, settings.seed)
+        self.online = TargetStates(teacher, plan.recipes[0].config.target_layer_ids)
+        self.states: States = stored or (lambda texts, token_ids: self.online(token_ids))
+        self.train_texts, self.validation_texts = self._split(plan.texts)
+        self.prompts = self._prompts()
+        self.students = [Student(recipe, teacher, plan.prints) for recipe in plan.recipes]
+        for student in self.students:
+            _choose_vocabulary(student.model, self.train_texts)
+        self.curves = [Curves(s.out / "tensorboard") for s in self.students] if tensorboard and self.is_first else []
         self.progress: dict[str, float] = {"step": 0, "seconds": 0.0, "tokens": 0, "positions": 0}
 
-    def resume(self) -> None:
-        """Go on where all students stopped, if they were stopped."""
-        found = [student.resume() for student in self.students]
-        if all(progress == found[0] for progress in found) and found[0] is not None:
-            self.progress = found[0]
-            print(f"going on from step {self.progress['step']}", flush=True)
-        elif any(progress is not None for progress in found):
+    def _split(self, texts: list[Text]) -> tuple[list[Text], list[Text]]:
+        if not 0 < self.settings.num_validation < len(texts):
             raise InvalidConfiguration(
-                "expected the drafters' training states to be of one step: train them apart, or start over"
+                f"expected num_validation between 1 and {len(texts) - 1}, as there are {len(texts)} texts; "
+                f"got {self.settings.num_validation}"
             )
+        return split_validation(texts, self.settings.num_validation, self.settings.seed)
+
+    def _prompts(self) -> list[list[int]]:
+        """What validation decodes: held-out prompts, or the beginnings of held-out plain texts."""
+        found = []
+        for text in self.validation_texts[: self.settings.validation_prompts]:
+            length = text.prompt_length if text.prompt_length > 1 else min(_PLAIN_PROMPT, len(text) // 2)
+            found.append(text.token_ids[: max(1, length)].tolist())
+        return found
+
+    # -- data -----------------------------------------------------------------------------------------------------------
 
     def batch(self, texts: list[Text], generator: torch.Generator) -> TraceBatch:
+        device = self.target.device
         token_ids, loss_mask = pad(texts)
-        features, last_hidden = self.states(token_ids)
         anchors, kept = choose_anchors(loss_mask, max(1, self.settings.anchors_per_batch // len(texts)), generator)
-        return TraceBatch(token_ids, loss_mask, features.float(), last_hidden.float(), anchors, kept)
+        features, last_hidden = self.states(texts, token_ids.to(device))
+        return TraceBatch(
+            token_ids.to(device),
+            loss_mask.to(device),
+            features.float(),
+            last_hidden.float(),
+            anchors.to(device),
+            kept.to(device),
+        )
 
-    def stream(self) -> Iterator[list[Text]]:
-        """Endless passes over the texts, from the current step on."""
-        skip, epoch = self.progress["step"], 0
+    def stream(self) -> Iterator[tuple[int, list[Text]]]:
+        """Endless passes over the texts, numbered, from this process's first batch of the current step on."""
+        number, epoch = 0, 0
+        first = int(self.progress["step"]) * self.settings.accumulate * self.num_processes
         while True:
-            for texts in batches(
-                self.train_texts, self.settings.tokens_per_batch, random.Random(self.settings.seed + epoch)
-            ):
-                if skip:
-                    skip -= 1
-                else:
-                    yield texts
+            order = random.Random(self.settings.seed + epoch)
+            for texts in batches(self.train_texts, self.settings.tokens_per_batch, order):
+                if number >= first and number % self.num_processes == self.rank:
+                    yield number, texts
+                number += 1
             epoch += 1
 
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
     def run(self) -> None:
+        """Train up to the recipe's last step."""
         settings, progress = self.settings, self.progress
         started = last_save = time.time()
-        before = progress["seconds"]
-        for texts in self.stream():
-            if progress["step"] >= settings.steps:
-                break
-            scale = trapezoid(int(progress["step"]), settings.steps, settings.warmup, settings.decay)
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + int(progress["step"]))
-            batch = self.batch(texts, generator)
-            for student in self.students:
-                losses = student.losses(batch, self.embed, self.lm_head)
-                student.learn(losses, scale)
-            progress["step"] += 1
-            progress["tokens"] += sum(len(text.token_ids) for text in texts)
-            progress["positions"] += losses.num_positions
-            progress["seconds"] = round(before + time.time() - started, 1)
-            is_last = progress["step"] == settings.steps
-            for student in self.students:
-                if progress["step"] % settings.log_every == 0 or progress["step"] <= 3:
-                    student.log("train", {**student.smooth, "learning_rate": scale}, progress)
+        before, first_step = progress["seconds"], int(progress["step"])
+        stream = self.stream()
+        with ProgressBar(settings.steps, first_step, self.is_first and not self.is_quiet) as bar:
+            while progress["step"] < settings.steps:
+                self.step(stream)
+                progress["seconds"] = round(before + time.time() - started, 1)
+                done, left = int(progress["step"]) - first_step, settings.steps - int(progress["step"])
+                self._report(bar, left * (time.time() - started) / done)
+                is_last = left == 0
                 if progress["step"] % settings.validate_every == 0 or is_last:
-                    student.log("validation", self.validate(student), progress)
-            if time.time() - last_save > settings.save_seconds or is_last:
-                for student in self.students:
-                    student.save(progress)
-                last_save = time.time()
+                    for student in self.students:
+                        self._log(bar, student, "validation", self.validate(student))
+                if time.time() - last_save > settings.save_seconds or is_last:
+                    self.save()
+                    last_save = time.time()
+
+    def step(self, stream: Iterator[tuple[int, list[Text]]]) -> None:
+        """One optimiser step of every student."""
+        settings, step = self.settings, int(self.progress["step"])
+        scale = SCHEDULES[settings.schedule](step, settings.steps, settings.warmup, settings.decay)
+        num_tokens = num_positions = 0
+        for part in range(settings.accumulate):
+            number, texts = next(stream)
+            batch = self.batch(texts, torch.Generator().manual_seed(settings.seed * 1_000_003 + number))
+            losses: Losses | None = None
+            for student in self.students:
+                losses = student.accumulate(batch, self.embed, self.lm_head, part == settings.accumulate - 1)
+            assert losses is not None
+            num_tokens += sum(map(len, texts))
+            num_positions += losses.num_positions
+        for student in self.students:
+            student.step(scale, batch)
+            means = mean_over_processes(student.sums.values())
+            for name, value in zip(student.sums, means, strict=True):
+                student.smooth[name] = 0.95 * student.smooth.get(name, value) + 0.05 * value
+            student.sums.clear()
+        counts = mean_over_processes([num_tokens, num_positions])
+        for name, count in zip(("tokens", "positions"), counts, strict=True):
+            self.progress[name] += round(count * self.num_processes)
+        self.progress["step"] += 1
+
+    def _report(self, bar: ProgressBar, seconds_left: float) -> None:
+        step, settings = int(self.progress["step"]), self.settings
+        smooth = self.students[0].smooth
+        bar.update(step, smooth["total"], smooth["tau"])
+        if step % settings.log_every and step > 3:
+            return
+        scale = SCHEDULES[settings.schedule](step - 1, settings.steps, settings.warmup, settings.decay)
+        for student in self.students:
+            self._log(bar, student, "train", {**student.smooth, "rate": scale}, f"{time_left(seconds_left)} left")
+
+    def _log(self, bar: ProgressBar, student: Student, kind: str, values: dict[str, float], note: str = "") -> None:
+        if not self.is_first:
+            return
+        row = {**self.progress, **{name: round(value, 5) for name, value in values.items()}}
+        student.out.mkdir(parents=True, exist_ok=True)
+        student.tables[kind].append(row)
+        if self.curves:
+            self.curves[self.students.index(student)].add(kind, row)
+        if not self.is_quiet:
+            shown = " ".join(f"{name} {value:g}" for name, value in row.items() if name not in ("tokens", "positions"))
+            bar.say(f"{student.recipe.name} {kind}: {shown} {note}".rstrip())
+
+    # -- validation -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self, student: Student) -> dict[str, float]:
-        """Mean losses of the averaged weights over the validation texts, with the same anchors each time."""
-        averaged = student.averaged()
+        """Losses of the averaged weights over the validation texts, and tau of decoding held-out prompts with them."""
+        values = self.validation_losses(student)
+        if not self.prompts:
+            return values
+        if self.is_first:
+            self._written(lambda: student.export(student.out / "last"))
+        gathered(None)  # wait for the file
+        decoding = Decoding(self.settings.validation_tokens)
+        with self.online.over_slots():
+            outcome = decode(student.out / "last", self.target, self.prompts, decoding)
+        if not outcome.accepted:
+            raise InvalidConfiguration("no validation prompt got two tokens: raise validation_tokens")
+        if self.is_first:
+            self._written(lambda: student.keep_best(outcome.tau))
+        accepted = {f"accepted_{k + 1}": share for k, share in enumerate(outcome.acceptance)}
+        return {**values, "decoded_tau": outcome.tau, "decoded_tau_error": outcome.standard_error, **accepted}
+
+    def validation_losses(self, student: Student) -> dict[str, float]:
+        """Means over the validation texts, with the same anchors each time."""
+        objective = Objective(student.averaged())
         generator = torch.Generator().manual_seed(0)
         sums: dict[str, float] = {}
         count = 0
         for texts in batches(self.validation_texts, self.settings.tokens_per_batch, random.Random(0)):
-            losses = student.losses(self.batch(texts, generator), self.embed, self.lm_head, averaged)
+            losses = student.losses(self.batch(texts, generator), self.embed, self.lm_head, objective)
             values = numbers(losses) | {f"acceptance_{k + 1}": float(a) for k, a in enumerate(losses.acceptance)}
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value * losses.num_positions
             count += losses.num_positions
+        if not count:
+            raise InvalidConfiguration("no validation text has two answer tokens in a row: use more or longer texts")
         return {name: value / count for name, value in sums.items()}
 
+    # -- stopping and going on ------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def start_as_identity(model: BlockModel) -> None:
-    """Layers that add nothing at first: the same start for every drafter of a shape, and a calmer one."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.zero_()
+    @property
+    def state_path(self) -> Path:
+        return self.plan.out / STATE
 
+    def save(self) -> None:
+        """The newest drafters, then everything needed to go on: killed in between, the older state writes them again."""
+        if not self.is_first:
+            return
+        state = {
+            "identity": self.identity,
+            "progress": self.progress,
+            "students": {student.recipe.name: student.state_dict() for student in self.students},
+        }
 
-@torch.no_grad()
-def start_from_target(model: BlockModel, backbone: Any) -> None:
-    """Layers, norms and keys of the target's own last layers, where shapes agree (Qwen3-style targets).
+        def write() -> None:
+            for student in self.students:
+                student.save_newest()
+            with replace_file(self.state_path) as partial:
+                torch.save(state, partial)
 
-    fc hands on the highest feature, and hidden_norm is what the first copied layer expects before its keys: so the
-    draft starts out reading context as the target does, which saves a short training its first thousand steps.
-    """
-    first = len(backbone.layers) - len(model.layers)
-    if first <= min(model.config.target_layer_ids):
-        raise InvalidConfiguration(
-            f"start_from_target copies layers {first} and up, and needs a feature layer below; target_layer_ids are "
-            f"{list(model.config.target_layer_ids)}: use fewer draft layers, an earlier feature layer, or random weights"
-        )
-    for layer, own in zip(model.layers, backbone.layers[first:], strict=True):
-        layer.load_state_dict({name: tensor.float() for name, tensor in own.state_dict().items()})
-    width = model.config.hidden_size
-    model.fc.weight.normal_(std=0.02 * model.fc.in_features**-0.5)
-    nearest = max(i for i, layer in enumerate(model.config.target_layer_ids) if layer < first)
-    model.fc.weight[:, nearest * width : (nearest + 1) * width] += torch.eye(width)
-    model.hidden_norm.weight.copy_(backbone.layers[first].input_layernorm.weight)
-    model.norm.weight.copy_(backbone.norm.weight)
+        self._written(write)
 
+    def _written(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except _UNWRITABLE as error:
+            raise CheckpointError(
+                f"the drafters could not be written below {self.plan.out} ({error}). What was saved before is whole: "
+                "make room and go on with --resume"
+            ) from error
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, required=True, help="folder written by dspark.train.regenerate")
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="TOML with the tables [drafter], [train] and [loss]; several are trained side by side, "
-        "with batches, steps and schedule of the first",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="every drafter goes into a folder named like its recipe"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="overrides the recipe; may be changed between runs while the rate is flat"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    target_config = AutoConfig.from_pretrained(arguments.target).get_text_config().to_dict()
-    recipes = [
-        (
-            read_recipe(path, "drafter", DrafterSettings).config(target_config),
-            read_recipe(path, "train", TrainSettings, {"steps": arguments.steps}),
-            read_recipe(path, "loss", LossWeights),
-            arguments.out / path.stem,
-        )
-        for path in arguments.recipe
-    ]
-    trainer = Trainer(arguments.target, arguments.texts, recipes[0][1], recipes)
-    trainer.resume()
-    trainer.run()
+    def resume(self) -> bool:
+        """Go on from the last save; false when there is none."""
+        if not self.state_path.exists():
+            for student in self.students:
+                student.forget_after(0)  # rows of a run that was killed before its first save
+            return False
+        state = torch.load(self.state_path, weights_only=True, map_location=self.target.device)
+        if state["identity"] != self.identity:
+            raise InvalidConfiguration(
+                f"{self.plan.out} has a run with other recipes, texts or number of processes: only steps and how often "
+                "to log, validate and save may change. Use a new folder, or the same as then"
+            )
+        self.progress.update(state["progress"])
+        for student in self.students:
+            student.load_state_dict(state["students"][student.recipe.name], int(self.progress["step"]))
+        return True
 
 
-if __name__ == "__main__":
-    main()
+def _choose_vocabulary(model: Any, texts: list[Text]) -> None:
+    """For drafters that know only some of the target's tokens: the most frequent ones of what is to be learned."""
+    size = getattr(model.config, "draft_vocab_size", None)
+    if size is None:
+        return
+    counts = torch.zeros(model.config.vocab_size, dtype=torch.long)
+    for text in texts:
+        counts += text.token_ids[text.loss_mask].long().bincount(minlength=len(counts))
+    model.choose_vocabulary(counts.argsort(descending=True, stable=True)[:size])
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """A folder with a run in it is gone on with when that is asked for, and not otherwise."""
+    if (out / STATE).exists():
+        raise DSparkError(f"{out} has a run in it already: go on with --resume, or choose another --out")

@@ -1,0 +1,82 @@
+"""Train a drafter for a target: one recipe, or several side by side on the same batches.
+
+Texts come from `dspark data`. Without a GPU it trains on the CPU; with several, start it with torchrun:
+torchrun --nproc-per-node 8 -m dspark train recipe.toml
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dspark.cli.terminal import quiet_weights, say
+from dspark.errors import InvalidConfiguration
+
+_OVERRIDES = ("steps", "tokens_per_batch", "accumulate", "validate_every", "seed", "start_from")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipes", nargs="+", type=Path, metavar="RECIPE", help="TOML: [drafter], [train], [loss], [run]"
+    )
+    places = parser.add_argument_group("where things are (they override the recipe's [run])")
+    places.add_argument("--target", help="tiny, a folder or a hub id")
+    places.add_argument("--data", help="folder written by `dspark data`")
+    places.add_argument("--out", help="folder for the drafters, each in a folder named like its recipe")
+    places.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the target (default: its own)")
+    places.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    training = parser.add_argument_group("training (they override the recipe's [train])")
+    training.add_argument("--steps", type=int)
+    training.add_argument("--tokens-per-batch", type=int)
+    training.add_argument("--accumulate", type=int, help="batches per step")
+    training.add_argument("--validate-every", type=int, help="steps")
+    training.add_argument("--seed", type=int)
+    training.add_argument("--start-from", help="drafter of the same shape to go on from")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--tensorboard", action="store_true", help="event files beside the CSV files")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from dspark.train.distributed import join, leave
+    from dspark.train.plan import make_plan
+    from dspark.train.trainer import Trainer, refuse_to_overwrite
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InvalidConfiguration(f"--threads must be 1 or more; got {args.threads}")
+        torch.set_num_threads(args.threads)
+    places = {name: getattr(args, name) for name in ("target", "data", "out", "dtype", "device")}
+    plan = make_plan(args.recipes, places, {name: getattr(args, name) for name in _OVERRIDES})
+    if not args.resume:
+        refuse_to_overwrite(plan.out)
+    rank, _ = join()
+    try:
+        trainer = Trainer(
+            plan, _target(plan.target, plan.run.dtype, plan.run.device, rank), tensorboard=args.tensorboard
+        )
+        if args.resume and rank == 0:
+            say(f"going on from step {trainer.progress['step']:.0f}" if trainer.resume() else "nothing to go on from")
+        elif args.resume:
+            trainer.resume()
+        trainer.run()
+    finally:
+        leave()
+    if rank == 0:
+        for recipe in plan.recipes:
+            say(f'{recipe.out} is ready: dspark generate "..." --target {plan.target} --drafter {recipe.out}')
+    return 0
+
+
+def _target(name: str, dtype: str | None, device: str | None, rank: int):  # type: ignore[no-untyped-def]
+    import torch
+
+    from dspark import load_target
+
+    quiet_weights(name)
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    return load_target(name, dtype=dtype, device=device)

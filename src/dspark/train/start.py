@@ -1,0 +1,82 @@
+"""What a drafter's weights are before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dspark.checkpoints.folder import open_checkpoint
+from dspark.errors import CheckpointError, InvalidConfiguration
+from dspark.target.modules import decoder_layers
+
+
+@torch.no_grad()
+def start_as_identity(model: Any) -> None:
+    """Layers that add nothing at first: the same start for every drafter of a shape, and a calmer one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+
+
+@torch.no_grad()
+def start_from_target(model: Any, target: Any) -> None:
+    """Layers, norms and keys of the target's own last layers, where names and shapes agree (Llama- and Qwen-style).
+
+    fc hands on the highest feature, and hidden_norm is what the first copied layer expects before its keys: so the
+    draft starts out reading context as the target does, which saves a short training its first thousand steps.
+    """
+    layers: Any = decoder_layers(target, target.config.get_text_config(decoder=True).num_hidden_layers)
+    first = len(layers) - len(model.layers)
+    if first <= min(model.config.target_layer_ids):
+        raise InvalidConfiguration(
+            f"start_from_target copies layers {first} and up, and needs a feature layer below; target_layer_ids are "
+            f"{list(model.config.target_layer_ids)}: use fewer draft layers, an earlier feature layer, or random weights"
+        )
+    copied = 0
+    for layer, own in zip(model.layers, layers[first:], strict=True):
+        theirs = own.state_dict()
+        for name, parameter in layer.named_parameters():
+            if name in theirs and theirs[name].shape == parameter.shape:
+                parameter.copy_(theirs[name])
+                copied += parameter.numel()
+    whole = sum(parameter.numel() for parameter in model.layers.parameters())
+    if copied < 0.9 * whole or not hasattr(layers[first], "input_layernorm"):
+        raise InvalidConfiguration(
+            f"start_from_target needs a target built like Llama or Qwen3; of the draft layers' {whole} values {copied} "
+            f"have a counterpart in {type(target).__name__}: leave start_from_target out of the recipe"
+        )
+    width = model.config.hidden_size
+    model.fc.weight.normal_(std=0.02 * model.fc.in_features**-0.5)
+    nearest = max(i for i, layer in enumerate(model.config.target_layer_ids) if layer < first)
+    model.fc.weight[:, nearest * width : (nearest + 1) * width] += torch.eye(width)
+    model.hidden_norm.weight.copy_(layers[first].input_layernorm.weight)
+    final_norm = getattr(target.get_decoder(), "norm", None)
+    if final_norm is not None:
+        model.norm.weight.copy_(final_norm.weight)
+
+
+@torch.no_grad()
+def start_from_drafter(model: Any, name: str) -> None:
+    """The weights of a drafter of the same shape: a folder or a hub id."""
+    checkpoint = open_checkpoint(name)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: header.shape for key, header in checkpoint.tensors.items()}
+    different = [key for key, shape in expected.items() if found.get(key) != shape]
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"start_from: {name} has another shape than the recipe's [drafter]: {key} is {found.get(key, 'missing')} "
+            f"there and {expected[key]} here ({len(different)} tensors differ). Copy its shape into the recipe"
+        )
+    model.load_state_dict(checkpoint.read(list(expected)))
+
+
+def start(model: Any, settings: Any, target: Any) -> None:
+    """By the recipe: drawn weights, the target's last layers, or another drafter's."""
+    if settings.start_from:
+        start_from_drafter(model, settings.start_from)
+    elif settings.start_from_target:
+        start_from_target(model, target)
+    else:
+        start_as_identity(model)

@@ -1,0 +1,158 @@
+"""What does not fit is refused before anything is computed, and what a recipe leaves out has a sensible value."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+
+from dspark.errors import CheckpointError, InvalidConfiguration
+from dspark.train.kinds import find_mask_token, make_config, shape_of, spread_layers
+from dspark.train.plan import Plan, make_plan
+from dspark.train.rendering import fingerprint, template_fingerprint, tokenizer_fingerprint
+from dspark.train.texts import Text, TextsInfo, save_texts
+
+DRAFTER = "[drafter]\nnum_hidden_layers = 1\nmask_token_id = 3\nmarkov_rank = 8\n"
+TRAIN = "[train]\nsteps = 2\nnum_validation = 2\n"
+
+
+@pytest.fixture
+def data(tmp_path: Path, target_folder: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    save_texts([Text.after_prompt(torch.arange(10, 30), 4) for _ in range(6)], folder / "shard-00000.safetensors")
+    info(target_folder).save(folder)
+    return folder
+
+
+def info(target: Path) -> TextsInfo:
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    prints = (tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer), fingerprint(None))
+    return TextsInfo(str(target), 300, *prints, "prepare", {}, {})
+
+
+def plan(tmp_path: Path, target: Path, data: Path, drafter: str = DRAFTER, train: str = TRAIN, **flags: Any) -> Plan:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(drafter + train, encoding="utf-8")
+    return make_plan([recipe], {"target": target, "data": data, "out": tmp_path / "run"}, flags)
+
+
+def test_a_recipe_needs_next_to_nothing(tmp_path: Path, target_folder: Path, data: Path) -> None:
+    made = plan(tmp_path, target_folder, data, drafter='[drafter]\nkind = "dspark"\n')
+    [recipe] = made.recipes
+    config = recipe.config
+    assert (config.hidden_size, config.vocab_size, config.num_target_layers) == (32, 300, 4)
+    assert (config.target_layer_ids, config.mask_token_id, config.block_size) == ((0, 1, 2), 3, 7)
+    assert config.markov_rank == 256 and config.enable_confidence_head and config.num_hidden_layers == 2
+    assert made.prints["template_sha256"] == info(target_folder).template
+
+
+def test_flags_override_the_recipe(tmp_path: Path, target_folder: Path, data: Path) -> None:
+    assert plan(tmp_path, target_folder, data, steps=7, seed=None).settings.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("drafter", "train", "message"),
+    [
+        (DRAFTER + "hidden_size = 64\n", TRAIN, "does not fit the target: it is 64 wide and the target 32"),
+        (DRAFTER + "vocab_size = 301\n", TRAIN, "it is 301 tokens large and the target 300"),
+        (DRAFTER + "markov_rnak = 8\n", TRAIN, "unknown key 'markov_rnak'.*did you mean 'markov_rank'"),
+        ('[drafter]\nkind = "medusa"\n', TRAIN, "kind must be one of dspark, dflash"),
+        ('[drafter]\narchitecture = "Medusa"\n', TRAIN, "architecture must be one of Qwen3DSparkModel"),
+        (DRAFTER, TRAIN + 'optimizer = "sgd"\n', "optimizer must be one of muon, adamw"),
+        (DRAFTER, TRAIN + 'start_from = "x"\nstart_from_target = true\n', "exclude each other"),
+        (DRAFTER, TRAIN.replace("2", "0", 1), "steps must be 1 or more"),
+        (DRAFTER, "[trian]\nsteps = 1\n", r"a table \[trian\]"),
+        (DRAFTER, "", r"the tables \[drafter\] and \[train\]"),
+        ("[drafter", TRAIN, "is not TOML"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_computed(
+    drafter: str,
+    train: str,
+    message: str,
+    tmp_path: Path,
+    target_folder: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("a model was made"))
+    with pytest.raises(InvalidConfiguration, match=message):
+        plan(tmp_path, target_folder, data, drafter, train)
+
+
+def test_texts_of_another_tokenizer_are_refused_and_of_another_template_named(
+    tmp_path: Path, target_folder: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = info(target_folder)
+    replace(own, template="other").save(data)
+    with caplog.at_level(logging.WARNING):
+        plan(tmp_path, target_folder, data)
+    assert "rendered with another chat template" in caplog.text
+    replace(own, tokenizer="other", target="big").save(data)
+    with pytest.raises(InvalidConfiguration, match="made for big, whose tokenizer is not that of"):
+        plan(tmp_path, target_folder, data)
+    (data / "texts.json").unlink()  # shards that do not say how they were made: the ids tell
+    save_texts([Text.after_prompt(torch.arange(290, 310), 4)], data / "shard-00001.safetensors")
+    with pytest.raises(InvalidConfiguration, match=r"has the token id 309, and .* knows 300 tokens"):
+        plan(tmp_path, target_folder, data)
+
+
+def test_different_system_prompts_are_named(
+    tmp_path: Path, target_folder: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (data / "more").mkdir()
+    replace(info(target_folder), system_prompt="other").save(data / "more")
+    plan(tmp_path, target_folder, data)
+    assert "2 different system prompts" in caplog.text
+
+
+def test_a_warm_start_from_another_targets_drafter_is_refused(tmp_path: Path, target_folder: Path, data: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for config, message in (
+        ({"hidden_size": 64}, "its hidden_size is 64 and the target's 32"),
+        ({"hidden_size": 32, "vocab_size": 300, "tokenizer_sha256": "x"}, "trained with another tokenizer"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message):
+            plan(tmp_path, target_folder, data, start_from=str(folder))
+
+
+def test_what_is_missing_is_asked_for(tmp_path: Path, target_folder: Path, data: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(DRAFTER + TRAIN, encoding="utf-8")
+    with pytest.raises(InvalidConfiguration, match="expected data: give --data"):
+        make_plan([recipe], {"target": target_folder}, {})
+    with pytest.raises(InvalidConfiguration, match="cannot be read"):
+        make_plan([tmp_path / "none.toml"], {}, {})
+
+
+def test_every_family_has_a_shape() -> None:
+    llama = shape_of(LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, rope_theta=5e5))
+    assert (llama["head_dim"], llama["num_key_value_heads"], llama["rope_theta"]) == (16, 2, 5e5)
+    gpt2 = shape_of(GPT2Config(n_embd=48, n_layer=5, n_head=4, vocab_size=99))
+    assert (gpt2["hidden_size"], gpt2["intermediate_size"], gpt2["num_target_layers"]) == (48, 192, 5)
+    assert make_config({"mask_token_id": 3}, gpt2, None, "here")[1].num_key_value_heads == 4
+
+
+def test_feature_layers_are_those_of_the_released_drafters() -> None:
+    assert spread_layers(36) == [1, 9, 17, 25, 33] and spread_layers(40) == [1, 10, 19, 28, 37]
+    for num_layers in range(1, 50):
+        layers = spread_layers(num_layers)
+        assert layers == sorted(set(layers)) and layers[0] >= -1 and layers[-1] <= max(-1, num_layers - 2)
+
+
+def test_the_mask_token_is_one_that_no_text_contains(target_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    assert find_mask_token(tokenizer, 300, "here") == 3
+    tokenizer.mask_token = None
+    assert find_mask_token(tokenizer, 320, "here") == 300  # the first one past the tokenizer
+    with pytest.raises(InvalidConfiguration, match="expected mask_token_id"):
+        find_mask_token(tokenizer, 300, "here")
