@@ -163,6 +163,7 @@ class Request:
     num_cached: int = 0
     features: Tensor | None = None
     features_start: int = 0
+    feature_pieces: list[Tensor] = field(default_factory=list, repr=False)  # newer features, not yet joined to these
     rounds: list[Round] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
@@ -286,6 +287,7 @@ class StepRecord:
     parents: Tensor | None = None  # None: chains
     load: Load | None = None  # what the scheduler was told
     num_asked: int = 0  # requests that the drafter was asked about
+    num_unread: int = 0  # committed positions whose features the drafter had not read, over all of them
     skip_reason: str | None = None  # why requests with room for drafts were not drafted for
     num_skipped: int = 0  # how many they were
     num_faults: int = 0  # requests that lost their drafts because the drafter failed on them

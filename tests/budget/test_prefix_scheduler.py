@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark.budget.prefix_scheduler import falling_survival, make_scheduler, survival_of
+from dspark.budget.capacity import Capacity
+from dspark.budget.prefix_scheduler import falling_survival, survival_of
 from dspark.budget.raw_beliefs import RawBeliefs
+from dspark.budget.schedulers import make_scheduler
 from dspark.types import Draft, Load, StepRecord
 
 CHAIN = Draft(
@@ -26,7 +28,7 @@ TREE = Draft(
 
 def kept(name: str, draft: Draft) -> list[list[bool]]:
     survival = RawBeliefs().survival(draft, ())
-    return make_scheduler(name).choose(draft, survival, Load(len(draft.sizes))).tolist()
+    return make_scheduler(name, Capacity(), True).choose(draft, survival, Load(len(draft.sizes))).tolist()
 
 
 def test_fixed_length():
@@ -46,7 +48,7 @@ def test_threshold_of_running_acceptance():
     """Without confidences the threshold is about how earlier drafts fared: here the second token was always refused."""
     beliefs = RawBeliefs()
     draft = Draft(CHAIN.tokens, CHAIN.sizes)
-    scheduler = make_scheduler("threshold:0.6")
+    scheduler = make_scheduler("threshold:0.6", Capacity(), True)
     assert torch.equal(scheduler.choose(draft, beliefs.survival(draft, ()), Load(2)), draft.real)  # optimistic at first
     right = torch.tensor([[True, False, False, False]] * 2)
     for _ in range(10):

@@ -1,15 +1,13 @@
-"""Which draft tokens the target reads this step. Pure functions of the draft; no model is needed to test them."""
+"""Which draft tokens the target reads this step, by rules that know nothing of cost; and values carried along paths."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dspark.errors import InvalidConfiguration
-from dspark.types import Draft, Load, PrefixScheduler
+from dspark.types import Draft, Load
 
 _ROUNDING = 1e-6  # a product divided by its factor is not quite the other factor
 
@@ -82,18 +80,3 @@ def parent_survival(draft: Draft, survival: Tensor) -> Tensor:
     """[B, K]  survival of each token's predecessor; 1 for the anchor."""
     with_anchor = torch.cat([survival.new_ones(len(survival), 1), survival], 1)
     return with_anchor[:, :-1] if draft.parents is None else with_anchor.gather(1, draft.parents + 1)
-
-
-def make_scheduler(name: str | PrefixScheduler) -> PrefixScheduler:
-    """`fixed:7`, `threshold:0.6`, or an object that already is a scheduler."""
-    if not isinstance(name, str):
-        return name
-    kind, _, value = name.partition(":")
-    try:
-        if kind == "fixed" and int(value) >= 0:
-            return FixedLength(int(value))
-        if kind == "threshold" and math.isfinite(float(value)):
-            return ConfidenceThreshold(float(value))
-    except ValueError:
-        pass  # a value that is no number ends in the same message as an unknown name
-    raise InvalidConfiguration(f"scheduler must be fixed:LENGTH or threshold:CONFIDENCE, such as fixed:7; got {name!r}")

@@ -25,9 +25,14 @@ class RawBeliefs:
         self.accepted, self.tried = torch.zeros(0, dtype=torch.double), torch.zeros(0, dtype=torch.double)
 
     def survival(self, draft: Draft, requests: Sequence[Request]) -> Tensor:
-        return survival_of(draft, draft.confidence if draft.confidence is not None else self._by_depth(draft))
+        return self.by_depth(draft) if draft.confidence is None else survival_of(draft, draft.confidence)
 
     def observe(self, record: StepRecord) -> None:
+        if record.confidence is None:
+            self.learn(record)
+
+    def learn(self, record: StepRecord) -> None:
+        """Count what was verified and what of it accepted, by depth."""
         if record.kept is None or record.accepted_nodes is None or not record.kept.any():
             return
         draft = Draft(record.kept, record.kept.sum(1), parents=record.parents)
@@ -41,11 +46,12 @@ class RawBeliefs:
         self.tried *= fade
         self.accepted *= fade
 
-    def _by_depth(self, draft: Draft) -> Tensor:
+    def by_depth(self, draft: Draft) -> Tensor:
+        """[B, K]  survival from running acceptance alone."""
         depth = draft.depth
         self._grow(int(depth.max()) if depth.numel() else 0)
         rate = (self.accepted + _PRIOR_ACCEPTED) / (self.tried + _PRIOR_TRIED)
-        return rate[depth - 1]
+        return survival_of(draft, rate[depth - 1])
 
     def _grow(self, depth: int) -> None:
         missing = torch.zeros(max(0, depth - len(self.tried)), dtype=torch.double)

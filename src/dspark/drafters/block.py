@@ -114,6 +114,15 @@ class BlockDrafter:
             probs = None if probs is None else probs[order]
         return Draft(tokens, torch.full((len(requests),), self.length), confidence, probs=probs)
 
+    @torch.no_grad()
+    def read(self, requests: Sequence[Request]) -> None:
+        """Take in features without drafting, for requests that are not drafted for at present."""
+        runs, pieces = self._news(requests)
+        rows, slots = self.rows.claim([r.id for r in requests], runs)
+        positions = [p for run in runs for p in run]
+        places = (torch.tensor(n[: len(positions)], device=self.device) for n in (positions, rows, slots))
+        self._write(torch.cat(pieces).to(self.dtype), *places)
+
     def release(self, request_id: int) -> None:
         self.rows.release(request_id)
 
@@ -174,7 +183,7 @@ class BlockDrafter:
         batch = len(step.anchors)
         early = len(step.features) - batch * (self.block_size + 1)
         if early > 0:  # a prompt: all but its end is read outside
-            self._read(step, early)
+            self._write(step.features[:early], step.positions[:early], step.rows[:early], step.slots[:early])
             step = step._replace(
                 features=step.features[early:],
                 positions=step.positions[early:],
@@ -191,12 +200,12 @@ class BlockDrafter:
         with frozen_weights(self.device):
             return self._graph(step, noise)
 
-    def _read(self, step: Step, count: int) -> None:
-        """Keep keys and values of the first `count` pieces of news, without drafting."""
-        context = self.model.context(step.features[:count])
-        for layer, (k, v) in enumerate(self.model.context_keys_values(context, step.positions[:count])):
-            step.keys[layer].index_put_((step.rows[:count], step.slots[:count]), k)
-            step.values[layer].index_put_((step.rows[:count], step.slots[:count]), v)
+    def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """Keep keys and values of context, without drafting."""
+        context = self.model.context(features)
+        for layer, (k, v) in enumerate(self.model.context_keys_values(context, positions)):
+            self.rows.keys[layer].index_put_((rows, slots), k)
+            self.rows.values[layer].index_put_((rows, slots), v)
 
     def _block(self, step: Step) -> tuple[Tensor, Tensor]:
         """One pass over the blocks: states [B, K, H] of the anchor and the masks after it, and base logits [B, K, V].

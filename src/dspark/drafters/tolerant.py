@@ -47,6 +47,11 @@ class TolerantDrafter:
         self._num_in_a_row = 0
         return draft.among(rows, len(requests))
 
+    def read(self, requests: Sequence[Request]) -> None:
+        """Have features read without drafting, where the drafter can and has missed none."""
+        if hasattr(self.drafter, "read") and (asked := [r for r in requests if r.id not in self._given_up]):
+            self.drafter.read(asked)
+
     def release(self, request_id: int) -> None:
         self._given_up.discard(request_id)
         try:

@@ -6,16 +6,23 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.budget.prefix_scheduler import falling_survival, make_scheduler
+from dspark.budget.capacity import Capacity
+from dspark.budget.guard import Guard
+from dspark.budget.prefix_scheduler import falling_survival
 from dspark.budget.raw_beliefs import RawBeliefs
+from dspark.budget.schedulers import AUTO, make_scheduler
 from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
+from dspark.engine.drafting import Drafting
+from dspark.engine.machine import fingerprint
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, render_prompt
 from dspark.errors import InvalidConfiguration, InvalidRequest
@@ -45,7 +52,9 @@ class Engine:
     """Continuous batching over one target and one drafter.
 
     target, drafter     from `load_target` and `load_drafter`; no drafter is plain decoding
-    scheduler           which draft tokens are verified: `fixed:7`, `threshold:0.6`, or a PrefixScheduler
+    scheduler           which draft tokens are verified: `auto`, `fixed:7`, … (budget/schedulers.py), or an object
+    capacity            what steps cost, as far as it is known; every step refines it. None: learned from the first steps
+    guard               leaves out drafts that do not pay; None: `auto` brings one, the others draft always
     beliefs             how likely draft tokens are to survive; None: the drafter's confidences, or running acceptance
     rule                `coupled`: same seed, same text, with and without speculation. `rejection`: the paper's rule
     max_num_seqs        requests decoded together at most
@@ -68,11 +77,19 @@ class Engine:
         compile: bool = False,
         observers: Sequence[Observer] = (),
         beliefs: Beliefs | None = None,
+        capacity: Capacity | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
-        self.scheduler = make_scheduler(scheduler)
-        self.beliefs = RawBeliefs() if beliefs is None else beliefs
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
+        self.beliefs = RawBeliefs() if beliefs is None else beliefs
+        self.capacity = Capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
+        self.scheduler = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
+        self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
+        self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
+        self._learners: list[Any] = [
+            x for x in (self.beliefs, self.capacity, self.guard, self.scheduler) if hasattr(x, "observe")
+        ]
         if self.scheduler.anticipates and not self.rule.allows_anticipation:
             raise InvalidConfiguration(
                 f"{type(self.scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
@@ -192,10 +209,13 @@ class Engine:
             record.num_preempted = self._make_room()
             decoding = [r for r in self.batcher.running if not is_reading(r)]
             prompts = self.batcher.prompt_spans(len(decoding))
+            record.load = self._load(record, decoding, prompts)
         with _timed(record, "draft"):
-            draft = self._propose(decoding)
+            # A request with room for one more token needs no draft: the target's own next token ends it.
+            with_room = [b for b, r in enumerate(decoding) if self._room(r) > 1]
+            draft = self.drafting.propose(record, decoding, with_room)
         with _timed(record, "schedule"):
-            keep = self._choose(record, draft, decoding, prompts)
+            keep = self._choose(record, draft, decoding)
             spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
         if spans:
             with _timed(record, "target"):
@@ -209,9 +229,9 @@ class Engine:
                 self._record(record, decoding, draft, keep, verdict.accepted)
                 self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
-        record.num_tokens = sum(len(span.tokens) for span in spans)
         record.num_free_slots = self.target.num_free_slots
-        self.beliefs.observe(record)
+        for learner in self._learners:
+            learner.observe(record)
         for observe in self.observers:
             observe(record)
         return record
@@ -223,36 +243,37 @@ class Engine:
             self._forget(request)
         return len(preempted)
 
-    def _propose(self, decoding: list[Request]) -> Draft:
-        # A request with room for one more token needs no draft: the target's own next token ends it.
-        rows = [b for b, r in enumerate(decoding) if self._room(r) > 1]
-        if not rows:
-            return Draft.empty(len(decoding))
-        asked = [decoding[b] for b in rows]
-        draft = self.drafter.propose(asked, self.rule).on_host()
-        assert draft.tokens.shape[1] <= self.drafter.length, (
-            "a drafter proposed more than its `length`, which counts slots"
-        )
-        for request in asked:
-            request.features_start, request.features = request.num_cached, None
-        return draft.among(rows, len(decoding))
-
-    def _choose(
-        self, record: StepRecord, draft: Draft, decoding: list[Request], prompts: list[tuple[Request, Span]]
-    ) -> Tensor:
+    def _load(self, record: StepRecord, decoding: list[Request], prompts: list[tuple[Request, Span]]) -> Load:
         record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
         record.num_context_tokens = sum(r.num_cached for r in decoding) + sum(span.start for _, span in prompts)
-        record.load = Load(
+        return Load(
             base_tokens=len(decoding) + record.num_prompt_tokens,
             num_requests=len(decoding) + len(prompts),
             context_tokens=record.num_context_tokens,
             num_prompt_tokens=record.num_prompt_tokens,
         )
-        record.survival = falling_survival(draft, self.beliefs.survival(draft, decoding))
-        keep = self.scheduler.choose(draft, record.survival, record.load)
-        room = [self._room(r) - 1 for r in decoding]
-        if min(room, default=0) < draft.tokens.shape[1]:
-            keep = keep & (draft.depth <= torch.tensor(room)[:, None])
+
+    def _choose(self, record: StepRecord, draft: Draft, decoding: list[Request]) -> Tensor:
+        assert record.load is not None
+        load = record.load
+        record.num_tokens = load.base_tokens
+        if draft.tokens.shape[1] == 0:
+            keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
+        else:
+            record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
+            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
+            record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
+            keep = self.scheduler.choose(draft, record.survival, load)
+            room = [self._room(r) - 1 for r in decoding]
+            if min(room, default=0) < draft.tokens.shape[1]:
+                keep = keep & (draft.depth <= torch.tensor(room)[:, None])
+            record.predicted_accepted = float((record.survival * keep).sum())
+            record.num_tokens += int(keep.sum())
+        if self.capacity.is_known and record.num_tokens:
+            sizes, is_reading_prompts = np.array([record.num_tokens]), load.num_prompt_tokens > 0
+            record.predicted_seconds = float(
+                self.capacity.seconds(sizes, load.num_requests, load.context_tokens, is_reading_prompts)[0]
+            )
         return keep
 
     def _room(self, request: Request) -> int:
@@ -299,7 +320,7 @@ class Engine:
             own = features[first_token : first_token + len(span.tokens)]
             is_run = chosen[-1] == len(chosen) - 1
             own = own[: len(chosen)] if is_run else own[torch.tensor(chosen, device=own.device)]
-            request.features = own if request.features is None else torch.cat([request.features, own])
+            self.drafting.keep_features(request, own)
 
     def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
         """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""
@@ -344,8 +365,8 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         self.target.release(request.id)
-        self.drafter.release(request.id)
-        request.num_cached, request.features, request.features_start = 0, None, 0
+        self.drafting.forget(request)
+        request.num_cached = 0
 
     def _record(
         self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, accepted: Tensor
@@ -358,8 +379,6 @@ class Engine:
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
         record.parents = None if draft.parents is None else draft.parents[:n]
         record.kept, record.accepted_nodes = keep[:n], accepted[:n]
-        if record.survival is not None:
-            record.predicted_accepted = float((record.survival * keep[:n]).sum())
 
 
 def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:

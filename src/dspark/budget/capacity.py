@@ -1,0 +1,139 @@
+"""What a step costs on this machine: measured, refined by every step, kept for the next run of the same kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.budget.cost_curve import CostCurve
+from dspark.errors import InvalidConfiguration
+from dspark.types import StepRecord
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
+Floats = NDArray[np.float64]
+Fingerprint = Mapping[str, str]
+
+
+class Capacity:
+    """Seconds of a step by (tokens, requests, context tokens), and of drafting by (requests, context tokens).
+
+    fingerprint  what the seconds are true of: hardware, model, dtype, versions; a file of another one is refused
+
+    Steps that read prompts have a curve of their own: they take another way through the target.
+    """
+
+    def __init__(self, fingerprint: Fingerprint | None = None) -> None:
+        self.fingerprint = dict(fingerprint or {})
+        self.decoding, self.reading, self.drafting = CostCurve(), CostCurve(), CostCurve()
+
+    @property
+    def is_known(self) -> bool:
+        return self.decoding.is_known
+
+    def seconds(
+        self, tokens: Floats | NDArray[np.int64], requests: int, context_tokens: int, is_reading: bool = False
+    ) -> Floats:
+        """[n]  seconds of everything but drafting in steps that read so many tokens [n], in rising order."""
+        curve = self.reading if is_reading and self.reading.is_known else self.decoding
+        return curve.seconds(tokens, requests, context_tokens)
+
+    def draft_seconds(self, requests: int, context_tokens: int) -> float:
+        """Seconds of drafting for so many requests; 0 while that is not known."""
+        if not requests or not self.drafting.is_known:
+            return 0.0
+        return float(self.drafting.seconds(np.array([requests]), requests, context_tokens)[0])
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a step that has been timed."""
+        load = record.load
+        if load is None or not record.num_tokens:
+            return
+        curve = self.reading if load.num_prompt_tokens else self.decoding
+        curve.observe(record.num_tokens, load.num_requests, load.context_tokens, record.step_seconds)
+        if record.num_asked and record.num_unread <= _MOST_UNREAD * record.num_asked:
+            share = record.num_asked / max(1, len(record.request_ids))
+            context = round(share * load.context_tokens)
+            self.drafting.observe(record.num_asked, record.num_asked, context, record.draft_seconds)
+
+    def save(self, path: Path) -> None:
+        """Write a JSON file; whoever reads it at the same time sees the old one or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "decoding": self.decoding.as_json(),
+            "reading": self.reading.as_json(),
+            "drafting": self.drafting.as_json(),
+        }
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(state, file)
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: Fingerprint) -> Capacity:
+        """What `save` wrote, if it is about the same machine, model and versions; InvalidConfiguration otherwise."""
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["format"] != _FORMAT:
+                raise ValueError(f"format {state['format']}")
+            capacity = cls(state["fingerprint"])
+            capacity.decoding, capacity.reading, capacity.drafting = (
+                CostCurve.from_json(state[name]) for name in ("decoding", "reading", "drafting")
+            )
+        except OSError as error:
+            raise InvalidConfiguration(f"the capacity file {path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidConfiguration(
+                f"{path} is not a capacity file ({type(error).__name__}: {error}): write one with `dspark profile`"
+            ) from error
+        other = sorted(
+            name
+            for name in {*fingerprint, *capacity.fingerprint}
+            if fingerprint.get(name) != capacity.fingerprint.get(name)
+        )
+        if other:
+            differences = ", ".join(f"{n} {capacity.fingerprint.get(n)}, here {fingerprint.get(n)}" for n in other)
+            raise InvalidConfiguration(
+                f"{path} was measured elsewhere ({differences}): measure here with `dspark profile`"
+            )
+        return capacity
+
+    @classmethod
+    def load_or_new(cls, path: Path, fingerprint: Fingerprint) -> Capacity:
+        """The same, but a file that does not fit is left out with one line in the log, and steps are measured anew."""
+        if not path.exists():
+            return cls(fingerprint)
+        try:
+            return cls.load(path, fingerprint)
+        except InvalidConfiguration as error:
+            log.warning("measuring anew: %s", error)
+            return cls(fingerprint)
+
+    def as_sps(self, largest: int, requests: int = 1, context_tokens: int = 0) -> dict[str, Any]:
+        """Steps per second by tokens 1 .. largest, in the form of the file that SGLang takes."""
+        tokens = sorted({*range(1, min(largest, 16) + 1), *np.geomspace(1, largest, 40).round().astype(int).tolist()})
+        rates = 1 / self.seconds(np.array(tokens), requests, context_tokens)
+        return {
+            "sample_batch_tokens": tokens,
+            "sample_steps_per_sec": [round(float(r), 3) for r in rates],
+            "max_batch_tokens": largest,
+        }
+
+
+def usual_path(fingerprint: Fingerprint) -> Path:
+    """Where the capacity of this kind of engine is kept: a folder of the user's caches (XDG base directories)."""
+    name = hashlib.sha256(json.dumps(dict(sorted(fingerprint.items()))).encode()).hexdigest()[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "dspark" / "capacity" / f"{name}.json"

@@ -1,0 +1,247 @@
+"""Seconds of a step by its size, learned from steps: robust, bounded, and true again soon after a machine changes.
+
+The curve is a sum of terms that cannot be negative, so it never falls with more tokens, requests or context: a base,
+ramps between neighbouring sizes (a staircase stays one), and terms for requests and context. It is fitted to medians of
+what was measured, kept by place; a common speed factor follows the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_MOST_PLACES = 256
+_MEDIAN_OF = 9
+_SPEED_FROM = 15  # ratios of steps to earlier ones at their places
+_SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
+_MOST_BETWEEN_FITS = 64
+_KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
+
+
+@dataclass
+class Place:
+    """Steps of about one size: where they were on average, and the last few durations at speed 1.
+
+    expected  seconds that the first one was expected to take; 0: nothing was known
+    """
+
+    size: float
+    requests: float
+    context: float
+    expected: float = 0.0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
+
+    @property
+    def median(self) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[len(ordered) // 2]
+
+
+class CostCurve:
+    """Seconds by (size, requests, context tokens); `speed` multiplies all of it."""
+
+    def __init__(self) -> None:
+        self.speed = 1.0
+        self.num_observed = 0
+        self._places: OrderedDict[tuple[int, int, int], Place] = OrderedDict()
+        self._recent: deque[tuple[Place, float]] = deque(maxlen=_SPEED_FROM)
+        self._weights = np.zeros(0)
+        self._fit_after = 1
+        self._tables: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
+
+    @property
+    def is_known(self) -> bool:
+        return self.num_observed > 0
+
+    def num_near(self, size: int, requests: int) -> int:
+        """How many of the last steps of about this size are remembered, at any context."""
+        near = (_size_place(size), _request_place(requests))
+        return sum(len(place.seconds) for key, place in self._places.items() if key[:2] == near)
+
+    def observe(self, size: int, requests: int, context: int, seconds: float) -> None:
+        """Learn from one step. A clock that went backwards or stood still teaches nothing."""
+        if not (math.isfinite(seconds) and seconds > 0):
+            return
+        key = (_size_place(size), _request_place(requests), _context_place(context))
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = Place(size, requests, context, self._expected(size, requests, context))
+            if len(self._places) > _MOST_PLACES:
+                self._places.popitem(last=False)
+        self._places.move_to_end(key)
+        value = seconds / self.speed
+        expected = place.median if len(place.seconds) == _MEDIAN_OF else place.expected
+        if expected:
+            self._recent.append((place, math.log(value / expected)))
+        share = 1 / (1 + len(place.seconds))
+        place.size += share * (size - place.size)
+        place.requests += share * (requests - place.requests)
+        place.context += share * (context - place.context)
+        place.seconds.append(value)
+        self.num_observed += 1
+        self._follow_speed()
+        if self.num_observed >= self._fit_after:
+            self.fit()
+            self._fit_after = self.num_observed + min(_MOST_BETWEEN_FITS, max(1, self.num_observed // 4))
+
+    def seconds(self, sizes: Floats | NDArray[np.int64], requests: int, context: int) -> Floats:
+        """[n]  seconds of steps of these sizes [n]; all 1 while nothing is known."""
+        if not len(self._weights):
+            return np.ones(len(sizes))
+        largest = int(sizes[-1])  # sizes rise
+        key = (1 << largest.bit_length(), requests, _context_place(context))
+        if key not in self._tables:
+            self._tables[key] = self._table(*key)
+        table, per_context = self._tables[key]
+        where = np.asarray(sizes, dtype=np.int64)
+        return (table[where] + context * per_context[where]) * self.speed
+
+    def fit(self) -> None:
+        """Fit the terms to the medians of all places, in relative error."""
+        self._tables.clear()
+        places = list(self._places.values())
+        at = np.array([(p.size, p.requests, p.context) for p in places])
+        seconds = np.array([p.median for p in places])
+        trust = np.array([len(p.seconds) for p in places], dtype=float)
+        typical = float(np.exp(np.log(seconds).mean()))
+        x = _terms(at[:, 0], at[:, 1], at[:, 2]) * (typical / seconds)[:, None]
+        weighted = x * trust[:, None]
+        gram = weighted.T @ x + np.diag(_reluctance(x.shape[1]))
+        start = self._weights / typical if len(self._weights) else np.zeros(len(gram))
+        self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "places": [
+                [p.size, p.requests, p.context, [round(s * self.speed, 9) for s in p.seconds]]
+                for p in self._places.values()
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> CostCurve:
+        """The inverse of as_json; raises ValueError, TypeError or KeyError on anything else."""
+        curve = cls()
+        for size, requests, context, seconds in state["places"]:
+            values = [float(s) for s in seconds]
+            if not values or not all(math.isfinite(v) and v > 0 for v in (size, requests, *values)) or context < 0:
+                raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
+            key = (_size_place(size), _request_place(requests), _context_place(context))
+            curve._places[key] = Place(float(size), float(requests), float(context), 0.0, deque(values, _MEDIAN_OF))
+            curve.num_observed += len(values)
+        if curve._places:
+            curve.fit()
+        return curve
+
+    def _expected(self, size: int, requests: int, context: int) -> float:
+        """Seconds at speed 1 that such a step took before, at other contexts; 0 where there was none like it."""
+        if not len(self._weights) or self.num_near(size, requests) < _MEDIAN_OF // 2:
+            return 0.0
+        return float(self.seconds(np.array([size]), requests, context)[0]) / self.speed
+
+    def _follow_speed(self) -> None:
+        """When most of the last steps took longer than the same steps before, all steps do."""
+        if len(self._recent) <= _SPEED_FROM // 2:
+            return
+        ratios = sorted(ratio for _, ratio in self._recent)
+        change = ratios[len(ratios) // 2]
+        if abs(change) < _SPEED_CHANGE or ratios[len(ratios) // 4] * ratios[-1 - len(ratios) // 4] <= 0:
+            return
+        self.speed *= math.exp(change)
+        # These were divided by the old speed; what is from before the change stays as it is.
+        for place, ratio in self._recent:
+            if len(place.seconds) > 1 and abs(ratio) > abs(change) / 2:
+                place.seconds.pop()
+        self._recent.clear()
+        self.fit()
+
+    def _table(self, num_sizes: int, requests: int, context_place: int) -> tuple[Floats, Floats]:
+        """Seconds by size 0 .. num_sizes without context, and seconds per context token, at speed 1."""
+        knots = _KNOTS[: np.searchsorted(_KNOTS, num_sizes) + 1]  # straight lines between them
+        many = np.full(len(knots), float(requests))
+        flat = _terms(knots, many, np.zeros(len(knots))) @ self._weights
+        one = _terms(knots, many, np.ones(len(knots))) @ self._weights
+        flat, per_context = self._corrected(knots, flat, one - flat, requests, context_place)
+        sizes = np.arange(num_sizes + 1)
+        return np.interp(sizes, knots, flat), np.interp(sizes, knots, per_context)
+
+    def _corrected(
+        self, sizes: Floats, flat: Floats, per_context: Floats, requests: int, context_place: int
+    ) -> tuple[Floats, Floats]:
+        """Closer to what was measured with as many requests, where the terms do not tell all."""
+        own = [(key, p) for key, p in self._places.items() if key[1] == _request_place(requests)]
+        if not own:
+            return flat, per_context
+        at = np.array([(p.size, p.requests, p.context) for _, p in own])
+        believed = _terms(at[:, 0], at[:, 1], at[:, 2]) @ self._weights
+        excess = np.log(np.array([p.median for _, p in own]) / np.maximum(believed, 1e-12))
+        trust = np.array([len(p.seconds) / (1 + 3 * (key[2] - context_place) ** 2) for key, p in own])
+        # Nearby sizes share; far from all of them the terms are left alone.
+        distance = np.log2(sizes[:, None] / at[None, :, 0])
+        weight = trust * np.exp(-((distance / 0.25) ** 2))
+        factor = np.exp((weight @ excess) / (weight.sum(1) + 1.0))
+        return np.maximum.accumulate(flat * factor), np.maximum.accumulate(per_context * factor)
+
+
+def nonnegative_least_squares(gram: Floats, moment: Floats, start: Floats) -> Floats:
+    """argmin over w >= 0 of w·gram·w - 2 w·moment (Lawson and Hanson 1974); gram must be positive definite.
+
+    start >= 0: the nearer it is, the sooner it is done; zeros are fine.
+    """
+    weights, is_free = start.copy(), start > 0
+    enough = 1e-9 * (1 + np.abs(moment).max())
+    for _ in range(3 * len(moment)):
+        while is_free.any():
+            trial = np.zeros_like(weights)
+            trial[is_free] = np.linalg.solve(gram[np.ix_(is_free, is_free)], moment[is_free])
+            bad = is_free & (trial <= 0)
+            if not bad.any():
+                weights = trial
+                break
+            # Go towards it as far as nothing becomes negative; what is zero then leaves.
+            steps = np.full(len(weights), np.inf)
+            steps[bad] = weights[bad] / (weights[bad] - trial[bad])
+            weights = weights + steps.min() * (trial - weights)
+            is_free &= (weights > 0) & (steps > steps.min())
+            weights[~is_free] = 0.0
+        gradient = moment - gram @ weights
+        gradient[is_free] = -np.inf
+        if gradient.max() <= enough:
+            break
+        is_free[gradient.argmax()] = True
+    return weights
+
+
+def _terms(sizes: Floats, requests: Floats, context: Floats) -> Floats:
+    """[n, terms]: base, size, more than one request, requests, context, attended pairs, and the ramps."""
+    ramps = np.clip((sizes[:, None] - _KNOTS[:-1]) / np.diff(_KNOTS), 0.0, 1.0)
+    pairs = context * sizes / requests
+    many = (requests > 1).astype(float)
+    columns = [np.ones(len(sizes)), sizes / 32, many, requests / 32, context / 4096, pairs / 4096]
+    return np.concatenate([np.stack(columns, 1), ramps], 1)
+
+
+def _reluctance(num_terms: int) -> Floats:
+    """How little each term is to be used without need: straight lines before ramps, so that gaps are bridged by them."""
+    reluctance = np.full(num_terms, 1e-1)
+    reluctance[:6] = [1e-4, 1e-4, 1e-2, 1e-3, 1e-3, 1e-3]
+    return reluctance
+
+
+def _size_place(size: float) -> int:
+    return round(size) if size <= 8 else 8 + round(4 * math.log2(size / 8))
+
+
+def _request_place(requests: float) -> int:
+    return round(2 * math.log2(max(requests, 1)))
+
+
+def _context_place(context: float) -> int:
+    return round(2 * math.log2(1 + context / 64))

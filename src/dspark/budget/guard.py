@@ -1,0 +1,195 @@
+"""Never slower than plain decoding: which requests are worth drafting for at all.
+
+Drafting is paid for before it is known what it is worth, so the guard goes by how the last drafts of each request, and
+of all, were believed to fare, by what was accepted of them, and by what steps and drafts cost. The paper leaves this
+open ("the draft is always paid for", section 6).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.budget.capacity import Capacity
+from dspark.budget.throughput import best_count, committed, seconds_of_step
+from dspark.types import Load, StepRecord
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """
+    min_observations  draft tokens verified, or drafts seen, before the drafter is judged
+    stop_below        stop drafting when it is believed to give less than this share of plain tokens per second
+    start_above       start again above this share
+    probe_share       of all seconds at most so much goes into drafts that only serve to learn
+    plain_every       drafted steps after which a plain one keeps the comparison honest
+    num_remembered    drafts of each request that are remembered
+    memory            steps after which a draft says no more of its request than others say
+    reconsider_every  steps between decisions while the number of requests is the same
+    """
+
+    min_observations: int = 24
+    stop_below: float = 1.0
+    start_above: float = 1.02
+    probe_share: float = 0.004
+    plain_every: int = 500
+    num_remembered: int = 4
+    memory: int = 200
+    reconsider_every: int = 8
+
+
+_MOST_REQUESTS = 4096
+_FEW = 3  # steps of a kind before its cost is believed
+_TRUST_MEMORY = 400.0  # draft tokens
+
+
+class Guard:
+    """Says which requests are drafted for: `choose` before drafting, `observe` after the step."""
+
+    def __init__(self, capacity: Capacity, settings: GuardSettings | None = None) -> None:
+        self.capacity, self.settings = capacity, settings or GuardSettings()
+        self.is_drafting = True
+        self.reason: str | None = None  # why `choose` left requests out
+        self._by_request: OrderedDict[int, deque[tuple[int, Floats]]] = OrderedDict()  # (step, survival)
+        self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
+        self._num_judged = 0
+        self._accepted, self._predicted = 8.0, 8.0  # draft tokens; as if beliefs had been right before
+        self._chosen: set[int] | None = None  # None: all
+        self._decided_for: tuple[int, bool] = (0, False)
+        self._decided_at = self._now = 0
+        self._last_plain = self._last_probe = 0
+
+    def choose(self, request_ids: Sequence[int], load: Load) -> list[int]:
+        """Places in request_ids to draft for; `reason` says why others are not, if any."""
+        self._now += 1
+        everyone, self.reason = list(range(len(request_ids))), None
+        if not everyone or self._num_judged < self.settings.min_observations:
+            return everyone
+        if self.is_drafting and self._needs_plain_step(load):
+            self.reason = "measuring a plain step"
+            return []
+        if self._is_due(load):
+            self._decide(request_ids, load)
+        if not self.is_drafting:
+            self.reason = "cost"
+            return self._probes(request_ids, load)
+        if self._chosen is None:
+            return everyone
+        rows = [b for b, i in enumerate(request_ids) if i in self._chosen or i not in self._by_request]
+        if len(rows) < len(everyone):
+            self.reason = "difficulty"
+            rows += self._probes(request_ids, load, [b for b in everyone if b not in set(rows)])
+        return sorted(rows)
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn how drafts fare."""
+        if not any(record.drafted):
+            self._last_plain = self._now
+        if record.survival is None or record.kept is None or record.accepted_nodes is None:
+            return
+        survival = record.survival.double().numpy()
+        for request_id, row, size in zip(record.request_ids, survival, record.drafted, strict=True):
+            if size:
+                self._remember(request_id, row)
+        # Drafts that are not worth a single verified token tell something, too.
+        self._num_judged += max(sum(record.verified), record.num_asked)
+        fade = min(1.0, _TRUST_MEMORY / (self._predicted + 1e-9))
+        self._accepted = self._accepted * fade + sum(record.accepted)
+        self._predicted = self._predicted * fade + record.predicted_accepted
+
+    @property
+    def trust(self) -> float:
+        """Accepted draft tokens for each that beliefs had promised, lately."""
+        return min(1.5, self._accepted / self._predicted)
+
+    def _remember(self, request_id: int, row: Floats) -> None:
+        rows = self._by_request.setdefault(request_id, deque(maxlen=self.settings.num_remembered))
+        rows.append((self._now, row))
+        self._by_request.move_to_end(request_id)
+        if len(self._by_request) > _MOST_REQUESTS:
+            self._by_request.popitem(last=False)
+        self._lately.append((self._now, row))
+
+    def _needs_plain_step(self, load: Load) -> bool:
+        if load.num_prompt_tokens:
+            return False
+        since = self._now - self._last_plain
+        num_known = self.capacity.decoding.num_near(load.base_tokens, load.num_requests)
+        return since > (4 if num_known < _FEW else self.settings.plain_every)
+
+    def _is_due(self, load: Load) -> bool:
+        state = (load.num_requests, bool(load.num_prompt_tokens))
+        return self._decided_for != state or self._now - self._decided_at >= self.settings.reconsider_every
+
+    def _decide(self, request_ids: Sequence[int], load: Load) -> None:
+        """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
+        self._decided_for = (load.num_requests, bool(load.num_prompt_tokens))
+        self._decided_at = self._now
+        samples = self._samples(request_ids)
+        promising = np.argsort(-samples.sum((0, 2)), kind="stable")
+        num_decoding = len(request_ids)
+        plain = num_decoding / seconds_of_step(self.capacity, load, 0)[0]
+        best, best_rate = 0, 0.0
+        size = num_decoding
+        while size:
+            rate = self._rate(samples[:, promising[:size]], num_decoding, load)
+            if rate > best_rate * (1.01 if best else 1.0):  # leaving someone out must be worth it
+                best, best_rate = size, rate
+            size //= 2
+        was_drafting = self.is_drafting
+        bound = self.settings.stop_below if was_drafting else self.settings.start_above
+        self.is_drafting = best_rate >= bound * plain
+        if self.is_drafting and not was_drafting:
+            self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
+        self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
+
+    def _samples(self, request_ids: Sequence[int]) -> Floats:
+        """[n, B, K]  what the last drafts promised, of each request its own; of others' where it has too few."""
+        num = 1 if len(request_ids) >= 16 else self.settings.num_remembered
+        since = self._now - self.settings.memory
+        pool = [row for now, row in self._lately if now > since] or [self._lately[-1][1]]
+        samples = np.zeros((num, len(request_ids), max(map(len, pool))))
+        for b, request_id in enumerate(request_ids):
+            own = [row for now, row in self._by_request.get(request_id, ()) if now > since]
+            for n in range(num):
+                row = own[-1 - n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
+                length = min(len(row), samples.shape[2])
+                samples[n, b, :length] = row[:length]
+        return np.minimum(samples * self.trust, 1.0)
+
+    def _rate(self, samples: Floats, num_decoding: int, load: Load) -> float:
+        """Tokens per second when these requests [n, b, K] are drafted for and the best of it is verified."""
+        context = round(load.context_tokens * samples.shape[1] / num_decoding)
+        drafting = self.capacity.draft_seconds(samples.shape[1], context)
+        tokens = seconds = 0.0
+        for step in samples:
+            falling = np.sort(step, axis=None)[::-1]
+            falling = falling[falling > 0]
+            with_draft = Load(
+                load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens
+            )
+            count = best_count(self.capacity, num_decoding, falling, with_draft)
+            tokens += committed(num_decoding, falling)[count]
+            seconds += seconds_of_step(self.capacity, with_draft, len(falling))[count]
+        return tokens / seconds
+
+    def _probes(self, request_ids: Sequence[int], load: Load, left_out: Sequence[int] | None = None) -> list[int]:
+        """Rarely, a few of those left out: whoever was not drafted for the longest, as often as its cost allows."""
+        left_out = range(len(request_ids)) if left_out is None else left_out
+        num = max(1, len(left_out) // 8)
+        context = round(load.context_tokens * num / len(request_ids))
+        plain = seconds_of_step(self.capacity, load, 0)[0]
+        extra = self.capacity.draft_seconds(num, context) + 0.25 * plain
+        if self._now - self._last_probe < extra / (self.settings.probe_share * plain):
+            return []
+        self._last_probe = self._now
+        self._decided_for = (0, False)  # decide again with what it shows
+        order = {i: n for n, i in enumerate(self._by_request)}
+        oldest = sorted(left_out, key=lambda b: order.get(request_ids[b], -1))
+        return oldest[:num]

@@ -1,0 +1,46 @@
+"""Prefix schedulers by name, as users say them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from dspark.budget.baselines import StartupTable, TokensPerBatch
+from dspark.budget.prefix_scheduler import ConfidenceThreshold, FixedLength
+from dspark.budget.throughput import EarlyStop, Lagged, Optimal, StepCost
+from dspark.errors import InvalidConfiguration
+from dspark.types import PrefixScheduler
+
+AUTO = "auto"
+BY_COST: dict[str, Callable[[StepCost], PrefixScheduler]] = {
+    "algorithm1": EarlyStop,
+    "lagged": Lagged,
+    "optimal": Optimal,
+    "tokens-per-batch": TokensPerBatch,
+    "startup-table": StartupTable,
+}
+
+
+def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipation: bool) -> PrefixScheduler:
+    """The scheduler of this name, or an object that already is one.
+
+    fixed:7  threshold:0.6  algorithm1  lagged  optimal  tokens-per-batch  startup-table
+    auto: the best that the acceptance rule stays lossless under, `optimal` or `lagged`
+    """
+    if not isinstance(name, str):
+        return name
+    if name == AUTO:
+        return Optimal(cost) if allows_anticipation else Lagged(cost)
+    if name in BY_COST:
+        return BY_COST[name](cost)
+    kind, _, value = name.partition(":")
+    try:
+        if kind == "fixed" and int(value) >= 0:
+            return FixedLength(int(value))
+        if kind == "threshold" and math.isfinite(float(value)):
+            return ConfidenceThreshold(float(value))
+    except ValueError:
+        pass  # a value that is no number ends in the same message as an unknown name
+    raise InvalidConfiguration(
+        f"scheduler must be auto, fixed:LENGTH, threshold:CONFIDENCE, {', '.join(BY_COST)}; got {name!r}"
+    )

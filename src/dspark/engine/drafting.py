@@ -1,0 +1,136 @@
+"""Asking the drafter: for the requests it pays for, in a way that its faults cost speed and never answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from dspark.budget.guard import Guard
+from dspark.target.target import Target
+from dspark.types import Draft, Drafter, Request, Rule, StepRecord
+
+log = logging.getLogger(__name__)
+
+_MOST_UNREAD = 256  # positions of one request whose features are kept for the drafter while it is not asked
+_MOST_PIECES = 16  # each holds on to the features of a whole step until they are joined
+
+
+class Drafting:
+    """One drafter at work in an engine.
+
+    Features of committed positions pile up while a request is not drafted for. At a bound the drafter reads them without
+    drafting, if it can; else it is asked and its draft dropped.
+    """
+
+    def __init__(self, drafter: Drafter, target: Target, rule: Rule, guard: Guard | None) -> None:
+        self.drafter, self.target, self.rule, self.guard = drafter, target, rule, guard
+        self._failed: set[int] = set()  # requests that go on without drafts
+        self._has_logged = False
+
+    def propose(self, record: StepRecord, decoding: Sequence[Request], with_room: Sequence[int]) -> Draft:
+        """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
+        rows = [b for b in with_room if decoding[b].id not in self._failed]
+        if self.guard is not None and rows and self.drafter.length:
+            assert record.load is not None
+            chosen = self.guard.choose([decoding[b].id for b in rows], record.load)
+            if len(chosen) < len(rows):
+                left_out = {*rows} - {rows[c] for c in chosen}
+                rows = [rows[c] for c in chosen]
+                record.num_skipped, record.skip_reason = len(left_out), self.guard.reason
+                self._bound_features(record, [decoding[b] for b in sorted(left_out)])
+        if not rows:
+            return Draft.empty(len(decoding))
+        asked = [decoding[b] for b in rows]
+        record.num_unread = sum(map(_join_features, asked))
+        record.num_asked = len(asked)
+        draft = self._ask(record, asked)
+        for request in asked:
+            request.features_start, request.features = request.num_cached, None
+        return draft.among(rows, len(decoding))
+
+    def keep_features(self, request: Request, features: torch.Tensor) -> None:
+        """Remember features [n, F] of the positions just committed until the drafter has read them."""
+        if request.id not in self._failed:
+            request.feature_pieces.append(features)
+            if len(request.feature_pieces) >= _MOST_PIECES:
+                _join_features(request)
+
+    def forget(self, request: Request) -> None:
+        """The request has ended, or must be read again from the start."""
+        self.drafter.release(request.id)
+        self._failed.discard(request.id)
+        request.features, request.features_start = None, 0
+        request.feature_pieces.clear()
+
+    def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
+        try:
+            draft = self.drafter.propose(asked, self.rule).on_host()
+            fault = _nonsense(draft, len(asked), self.target.vocab_size)
+        except AssertionError:
+            raise  # a broken invariant is a bug to be seen
+        except Exception as error:  # noqa: BLE001  # whatever a drafter, a user's own file included, may raise
+            fault = f"{type(error).__name__}: {error}"
+        if fault is None:
+            assert draft.tokens.shape[1] <= self.drafter.length, (
+                "a drafter proposed more than its `length`, which counts slots"
+            )
+            return draft
+        record.num_faults += len(asked)
+        if not self._has_logged:
+            log.error("the drafter failed (%s); its requests go on without drafts", fault)
+            self._has_logged = True
+        for request in asked:
+            self.drafter.release(request.id)
+            self._failed.add(request.id)
+            # A drafter that writes into the target's cache may have been cut short before it tidied up.
+            if self.target.cache.length(request.id) > request.num_cached:
+                self.target.keep(request.id, request.num_cached, ())
+        return Draft.empty(len(asked))
+
+    def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> None:
+        """Have the drafter read what has piled up for requests that it is not asked about."""
+        full = [r for r in left_out if r.num_cached - r.features_start > _MOST_UNREAD and r.feature_pieces]
+        if not full:
+            return
+        record.num_unread += sum(map(_join_features, full))
+        if hasattr(self.drafter, "read"):
+            self.drafter.read(full)
+        else:
+            self._ask(record, full)
+        for request in full:
+            request.features_start, request.features = request.num_cached, None
+
+
+def _join_features(request: Request) -> int:
+    """Make one tensor of the pieces; how many positions it has."""
+    if request.feature_pieces:
+        pieces = [] if request.features is None else [request.features]
+        pieces += request.feature_pieces
+        request.features = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        request.feature_pieces.clear()
+    return 0 if request.features is None else len(request.features)
+
+
+def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
+    """What makes a draft unusable, in words; None: nothing."""
+    tokens, sizes = draft.tokens, draft.sizes
+    if tokens.dim() != 2 or len(tokens) != num_requests or sizes.shape != (num_requests,):
+        return f"tokens {list(tokens.shape)} and sizes {list(sizes.shape)} for {num_requests} requests"
+    for name, values in (("confidence", draft.confidence), ("parents", draft.parents)):
+        if values is not None and values.shape != tokens.shape:
+            return f"{name} {list(values.shape)} beside tokens {list(tokens.shape)}"
+    if not tokens.numel():
+        return None
+    if int(sizes.min()) < 0 or int(sizes.max()) > tokens.shape[1]:
+        return f"sizes {sizes.tolist()} for drafts of {tokens.shape[1]} tokens"
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        return f"token ids outside 0 .. {vocab_size - 1}"
+    if draft.parents is not None:
+        order = torch.arange(tokens.shape[1])
+        if bool((((draft.parents >= order) | (draft.parents < -1)) & draft.real).any()):
+            return "a draft token that does not come after its parent"
+    if draft.confidence is not None and bool((draft.confidence * draft.real).isnan().any()):
+        return "confidences that are no numbers"
+    return None

@@ -1,0 +1,38 @@
+"""What measured seconds are true of: this hardware, these models, these versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+import torch
+
+from dspark.target.target import Target
+from dspark.types import Drafter
+
+
+def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str, str]:
+    """Seconds measured under one fingerprint mean nothing under another."""
+    facts = [(name, value) for name, value in target.config.to_dict().items() if not name.startswith("_")]
+    shape = hashlib.sha256(str(sorted(facts, key=str)).encode()).hexdigest()[:8]
+    return {
+        "hardware": _hardware(target.device),
+        "threads": str(torch.get_num_threads()) if target.device.type == "cpu" else "-",
+        "target": f"{target.name} {target.num_parameters} {shape}",
+        "drafter": f"{type(drafter).__name__} {drafter.length} {list(drafter.feature_layers)}",
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "compiled": str(is_compiled),
+        "torch": torch.__version__,
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        for line in cpus.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

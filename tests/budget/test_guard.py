@@ -1,0 +1,149 @@
+"""The guard over a made-up machine and traffic: when it stops, whom it leaves out, and how it comes back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.budget.capacity import Capacity
+from dspark.budget.guard import Guard, GuardSettings
+from dspark.budget.throughput import Optimal
+from dspark.types import Draft, Load, StepRecord
+
+
+class Machine(Capacity):
+    """Seconds by formula, known from the start."""
+
+    def __init__(self, per_token: float, per_draft: float, base: float = 1.0) -> None:
+        super().__init__()
+        self.per_token, self.per_draft, self.base = per_token, per_draft, base
+        self.decoding.num_near = lambda size, requests: 9
+
+    def seconds(self, tokens, requests, context_tokens, is_reading=False):
+        return self.base + self.per_token * np.asarray(tokens)
+
+    def draft_seconds(self, requests, context_tokens):
+        return 0.2 + self.per_draft * requests if requests else 0.0
+
+
+class Traffic:
+    """Requests with an acceptance of their own, decoded by guard and scheduler as the engine does; counts seconds."""
+
+    def __init__(self, machine: Machine, acceptance: list[float], believed: float | None = None, seed: int = 0) -> None:
+        self.machine, self.acceptance, self.believed = machine, torch.tensor(acceptance), believed
+        self.guard, self.scheduler = Guard(machine), Optimal(machine)
+        self.random = torch.Generator().manual_seed(seed)
+        self.tokens = self.seconds = 0.0
+        self.drafted: list[list[int]] = []
+
+    def step(self) -> None:
+        n = len(self.acceptance)
+        load = Load(n, n, 100 * n)
+        rows = self.guard.choose(list(range(n)), load)
+        sizes = torch.zeros(n, dtype=torch.long)
+        sizes[rows] = 7
+        draft = Draft(torch.zeros(n, 7, dtype=torch.long), sizes)
+        believed = self.acceptance if self.believed is None else torch.full((n,), self.believed)
+        survival = believed[:, None].expand(n, 7).cumprod(1) * draft.real
+        load = Load(n, n, 100 * n, self.machine.draft_seconds(len(rows), 100))
+        keep = self.scheduler.choose(draft, survival, load) if rows else draft.real
+        luck = torch.rand(n, 7, generator=self.random) < self.acceptance[:, None]
+        accepted = keep & luck.cumprod(1).bool()
+        record = StepRecord(
+            request_ids=list(range(n)),
+            drafted=sizes.tolist(),
+            verified=keep.sum(1).tolist(),
+            accepted=accepted.sum(1).tolist(),
+            survival=survival if rows else None,
+            kept=keep,
+            accepted_nodes=accepted,
+            load=load,
+            num_asked=len(rows),
+            predicted_accepted=float((survival * keep).sum()),
+        )
+        self.guard.observe(record)
+        self.drafted.append(rows)
+        self.tokens += n + int(accepted.sum())
+        self.seconds += float(self.machine.seconds(n + int(keep.sum()), n, 0)) + load.draft_seconds
+
+    def run(self, steps: int) -> float:
+        """Tokens per second over so many steps."""
+        tokens, seconds = self.tokens, self.seconds
+        for _ in range(steps):
+            self.step()
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+    @property
+    def plain(self) -> float:
+        n = len(self.acceptance)
+        return n / float(self.machine.seconds(n, n, 0))
+
+
+def test_it_drafts_where_drafts_pay():
+    traffic = Traffic(Machine(per_token=0.02, per_draft=0.02), [0.8] * 4)
+    assert traffic.run(300) > 1.5 * traffic.plain
+    assert sum(len(rows) == 4 for rows in traffic.drafted) > 295  # all but the plain steps it compares with
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 32])
+def test_it_is_not_slower_than_plain_decoding_where_they_do_not(num_requests):
+    traffic = Traffic(Machine(per_token=1.0, per_draft=0.3, base=0.2), [0.4] * num_requests)
+    traffic.run(100)
+    assert traffic.run(2000) > 0.99 * traffic.plain
+    assert any(traffic.drafted[100:])  # it still looks from time to time
+
+
+def test_no_drafter_is_judged_by_a_few_tokens():
+    """However little the first drafts are worth, and although not one of their tokens is."""
+    traffic = Traffic(Machine(per_token=1.0, per_draft=1.0, base=0.1), [0.3])
+    traffic.run(40)
+    assert traffic.drafted[:24] == [[0]] * 24
+    assert not any(traffic.drafted[24:])
+
+
+def test_it_recovers_when_traffic_becomes_easy():
+    traffic = Traffic(Machine(per_token=0.1, per_draft=0.1), [0.15] * 8)
+    traffic.run(300)
+    assert not any(len(rows) == 8 for rows in traffic.drafted[200:])
+    traffic.acceptance = torch.full((8,), 0.9)
+    traffic.run(400)
+    assert sum(len(rows) == 8 for rows in traffic.drafted[-100:]) > 90
+    assert traffic.run(200) > 1.15 * traffic.plain
+
+
+def test_it_goes_by_what_was_accepted_not_by_what_was_promised():
+    traffic = Traffic(Machine(per_token=0.1, per_draft=0.2), [0.1] * 4, believed=0.8)
+    traffic.run(200)
+    assert traffic.guard.trust < 0.5
+    assert traffic.run(1000) > 0.99 * traffic.plain
+
+
+def test_hard_requests_are_left_out():
+    traffic = Traffic(Machine(per_token=0.03, per_draft=0.25), [0.9, 0.9, 0.05, 0.05])
+    traffic.run(200)
+    late = traffic.drafted[100:]
+    easy, hard = (sum(r in rows for rows in late) for r in (0, 2))
+    assert easy > 95 and hard < 15
+    assert traffic.guard.reason == "difficulty"
+
+
+def test_it_does_not_flicker():
+    """Where drafts pay about as much as they cost, it stays with what it does."""
+    machine = Machine(per_token=0.1, per_draft=0.1)
+    traffic = Traffic(machine, [0.5] * 8)
+    traffic.run(100)
+    flips, before = 0, traffic.guard.is_drafting
+    for _ in range(600):
+        traffic.step()
+        flips += traffic.guard.is_drafting != before
+        before = traffic.guard.is_drafting
+    assert flips <= 4
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("dspark.budget.guard._MOST_REQUESTS", 10)
+    guard = Guard(Machine(0.1, 0.1), GuardSettings())
+    for i in range(50):
+        guard._remember(i, np.ones(7))
+    assert len(guard._by_request) == 10 and len(guard._lately) <= 64

@@ -1,0 +1,251 @@
+"""The engine under every scheduler: the text of plain decoding, requests without drafts, and drafters that fail."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.budget.capacity import Capacity
+from dspark.budget.guard import Guard, GuardSettings
+from dspark.engine import drafting
+from dspark.engine.engine import Engine
+from dspark.errors import InvalidConfiguration
+from dspark.types import Draft, SamplingParams
+from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features
+
+NAMES = ["fixed:3", "threshold:0.5", "algorithm1", "lagged", "optimal", "tokens-per-batch", "startup-table", "auto"]
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7], [1] * 12, [8, 2, 8]]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return random_target(tmp_path_factory.mktemp("target"), context=1024)
+
+
+@pytest.fixture(scope="module")
+def texts(target):
+    params = SamplingParams(temperature=1, seed=4, max_tokens=40)
+    return [p + g.token_ids for p, g in zip(PROMPTS, Engine(target).generate(PROMPTS, params), strict=True)]
+
+
+class Sure(OracleDrafter):
+    """Says how sure it is."""
+
+    def propose(self, requests, rule):
+        draft = super().propose(requests, rule)
+        draft.confidence = torch.full(draft.tokens.shape, 0.75)
+        return draft
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scheduler_writes_the_text_of_plain_decoding(target, texts, name, tree):
+    for kind in (OracleDrafter, Sure):
+        records = []
+        engine = Engine(target, kind(texts, tree=tree), name, max_num_seqs=3, observers=[records.append])
+        generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+        assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+        assert sum(sum(r.accepted) for r in records) > 10
+        assert target.num_free_slots == target.cache.limit
+
+
+@pytest.mark.parametrize("name", ["optimal", "startup-table"])
+def test_schedulers_that_look_ahead_are_refused_under_the_rejection_rule(target, name):
+    with pytest.raises(InvalidConfiguration, match="biases the rejection rule"):
+        Engine(target, scheduler=name, rule="rejection")
+
+
+def test_auto_is_the_best_that_the_rule_allows(target):
+    assert type(Engine(target, scheduler="auto").scheduler).__name__ == "Optimal"
+    assert type(Engine(target, scheduler="auto", rule="rejection").scheduler).__name__ == "Lagged"
+
+
+def test_records_tell_what_was_believed_and_what_came_of_it(target, texts):
+    records = []
+    engine = Engine(target, Sure(texts, error=0.0, length=3), "optimal", observers=[records.append])
+    engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    drafted = [r for r in records if any(r.drafted)]
+    for r in drafted:
+        assert r.verified == r.kept.sum(1).tolist() and r.accepted == r.accepted_nodes.sum(1).tolist()
+        assert not bool((r.accepted_nodes & ~r.kept).any())
+        assert r.predicted_accepted == pytest.approx(float((r.survival * r.kept).sum()))
+        assert r.num_tokens == r.load.base_tokens + sum(r.verified)
+        assert r.num_asked == sum(1 for size in r.drafted) or r.num_asked < len(r.drafted)
+    assert all(r.predicted_seconds > 0 for r in drafted[2:])
+    assert all(r.step_seconds > 0 and r.draft_seconds > 0 for r in drafted)
+
+
+class Never(Guard):
+    """Drafts for nobody, or for one of several."""
+
+    def __init__(self, engine_capacity, spared=0):
+        super().__init__(engine_capacity)
+        self.spared = spared
+
+    def choose(self, request_ids, load):
+        self.reason = "test"
+        return list(range(len(request_ids)))[: self.spared]
+
+
+class Reader(OracleDrafter):
+    """Wants features, checks every one of them, and counts those that it holds."""
+
+    feature_layers = (0, 1)
+
+    def __init__(self, target, texts, **options):
+        super().__init__(texts, **options)
+        self.target, self.rows, self.most_at_once = target, {}, 0
+
+    def take(self, requests):
+        for r in requests:
+            have = self.rows.setdefault(r.id, [])
+            assert r.features_start == sum(map(len, have)) and not r.feature_pieces
+            have.append(r.features.clone())
+            self.most_at_once = max(self.most_at_once, len(r.features))
+            assert sum(map(len, have)) == r.num_cached
+
+    def propose(self, requests, rule):
+        self.take(requests)
+        return super().propose(requests, rule)
+
+    def release(self, request_id):
+        self.finished = self.rows.pop(request_id, None) or getattr(self, "finished", None)
+
+
+class Separately(Reader):
+    """Can read without drafting, as block drafters can."""
+
+    def read(self, requests):
+        self.take(requests)
+
+
+@pytest.mark.parametrize("kind", [Reader, Separately])
+def test_features_of_requests_without_drafts_are_bounded_and_complete(target, kind, monkeypatch):
+    most = 32
+    monkeypatch.setattr(drafting, "_MOST_UNREAD", most)
+    prompt, params = [3, 1, 4, 1, 5], SamplingParams(temperature=0, max_tokens=2 * most + 20)
+    expected = Engine(target).generate([prompt], params)[0].token_ids
+    drafter = kind(target, [prompt + expected])
+    engine, held = Engine(target, drafter, "fixed:3"), []
+    engine.drafting.guard = Never(engine.capacity)
+    request = engine.submit(prompt, params)
+    while request.finish_reason is None:
+        record = engine.step()
+        pieces = [*request.feature_pieces, *([] if request.features is None else [request.features])]
+        held.append(sum(map(len, pieces)))
+        assert len(pieces) <= 17
+        if request.finish_reason is None:
+            read = sum(map(len, drafter.rows.get(request.id, [])))
+            assert read + held[-1] == request.num_cached  # none is lost
+            assert not any(record.verified)
+    assert request.generated == expected
+    assert most <= max(held) <= most + 1 + drafter.length
+    features = torch.cat(drafter.finished)
+    reference = reference_features(target, (prompt + expected)[: len(features)], drafter.feature_layers)
+    assert len(features) > most and (features - reference).abs().max() < 1e-3
+
+
+def test_some_requests_may_be_left_out(target, texts):
+    records = []
+    engine = Engine(target, OracleDrafter(texts, error=0.0), "fixed:5", observers=[records.append])
+    engine.drafting.guard = Never(engine.capacity, spared=2)
+    generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+    full = [r for r in records if len(r.request_ids) == 4 and r.num_skipped]
+    assert full and all(r.num_asked == 2 and r.num_skipped == 2 and r.skip_reason == "test" for r in full)
+    assert all(r.drafted[2:] == [0, 0] for r in full)
+
+
+class Useless(OracleDrafter):
+    """Knows the text and says something else, sure of itself."""
+
+    def propose(self, requests, rule):
+        lengths = [len(r.tokens) for r in requests]
+        known = [next(t for t in self.texts if t[:n] == r.tokens) for r, n in zip(requests, lengths, strict=True)]
+        wrong = [
+            [(token + 1) % VOCAB_SIZE for token in (t[n : n + 5] + [0] * 5)[:5]]
+            for t, n in zip(known, lengths, strict=True)
+        ]
+        return Draft(torch.tensor(wrong), torch.full((len(requests),), 5), torch.full((len(requests), 5), 0.75))
+
+
+class Known(Capacity):
+    """Costs that no clock decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoding.num_near = lambda size, requests: 9
+
+    def seconds(self, tokens, requests, context_tokens, is_reading=False):
+        return 1.0 + 0.1 * np.asarray(tokens)
+
+    def draft_seconds(self, requests, context_tokens):
+        return 0.3 + 0.05 * requests
+
+    def observe(self, record):
+        pass
+
+
+def test_the_guard_ends_drafts_of_a_useless_drafter(target):
+    """Nothing it says is ever accepted: after enough observations there are only rare probes."""
+    records = []
+    params = SamplingParams(temperature=0, max_tokens=160)
+    known = [p + g.token_ids for p, g in zip(PROMPTS, Engine(target).generate(PROMPTS, params), strict=True)]
+    engine = Engine(target, Useless(known), "auto", observers=[records.append], capacity=Known())
+    engine.generate(PROMPTS, params)
+    decoding = [r for r in records if r.request_ids and not r.num_prompt_tokens]
+    early, late = decoding[:2], decoding[40:]
+    assert any(any(r.drafted) for r in early)
+    assert sum(r.num_asked for r in late) < 0.05 * sum(len(r.request_ids) for r in late)
+    assert {r.skip_reason for r in late if r.num_skipped} == {"cost"}
+
+
+class Broken(OracleDrafter):
+    def __init__(self, texts, fault):
+        super().__init__(texts)
+        self.fault, self.calls, self.asked = fault, 0, []
+
+    def propose(self, requests, rule):
+        draft = super().propose(requests, rule)
+        self.calls += 1
+        self.asked.append([r.id for r in requests])
+        if self.calls != 3:
+            return draft
+        num_requests, length = draft.tokens.shape
+        sizes = torch.full((num_requests,), length)
+        if self.fault == "raises":
+            raise RuntimeError("no memory for a draft")
+        garbage = {
+            "tokens": Draft(draft.tokens + VOCAB_SIZE, sizes),
+            "sizes": Draft(draft.tokens, sizes + 1),
+            "confidence": Draft(draft.tokens, sizes, torch.full(draft.tokens.shape, torch.nan)),
+            "parents": Draft(draft.tokens, sizes, parents=torch.full(draft.tokens.shape, 4)),
+            "shape": Draft(draft.tokens[:1], sizes[:1]),
+        }
+        return garbage[self.fault]
+
+
+@pytest.mark.parametrize("fault", ["raises", "tokens", "sizes", "confidence", "parents", "shape"])
+def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fault, caplog):
+    drafter, records = Broken(texts, fault), []
+    engine = Engine(target, drafter, "fixed:5", observers=[records.append], max_num_seqs=2)
+    with caplog.at_level(logging.ERROR):
+        generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+    assert sum(r.num_faults for r in records) == len(drafter.asked[2])
+    assert not {*drafter.asked[2]} & {i for ids in drafter.asked[3:] for i in ids}
+    assert len(drafter.asked) > 4  # the next requests were drafted for again
+    assert len([r for r in caplog.records if "drafter failed" in r.message]) == 1
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_settings_are_of_use(target, texts):
+    """With a bound that is never reached nobody is judged."""
+    records = []
+    engine = Engine(target, OracleDrafter(texts), "fixed:5", observers=[records.append])
+    engine.guard = engine.drafting.guard = Guard(engine.capacity, GuardSettings(min_observations=10**9))
+    engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert all(r.num_skipped == 0 for r in records)
