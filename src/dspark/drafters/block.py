@@ -117,7 +117,7 @@ class BlockDrafter:
     @torch.no_grad()
     def read(self, requests: Sequence[Request]) -> None:
         """Take in features without drafting, for requests that are not drafted for at present."""
-        runs, pieces = self._news(requests)
+        runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim([r.id for r in requests], runs)
         positions = [p for run in runs for p in run]
         places = (torch.tensor(n[: len(positions)], device=self.device) for n in (positions, rows, slots))
