@@ -87,7 +87,9 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize(("config", "route"), ROUTES, ids=["dspark", "dflash", "rnn", "eagle3", "llama", "reduced", "residual"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "route"), ROUTES, ids=["dspark", "dflash", "rnn", "eagle3", "llama", "reduced", "residual"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back(config: Any, route: list[str], dtype: torch.dtype, tmp_path: Path, target: Target) -> None:
     saved = make(config)

@@ -63,8 +63,8 @@ def convert(
         for name in SHARED:
             tensors.setdefault(name, _of_target(name, target, ids).to(tensors["fc.weight"].dtype))
     architecture = None if target is None else type(target.model).__name__
-    name = verifier or (None if target is None else target.name)
-    values, written = WRITERS[to](Drafter(source.name, config, tensors, own, (name, architecture)))
+    verifier_name = verifier or (None if target is None else target.name)
+    values, written = WRITERS[to](Drafter(source.name, config, tensors, own, (verifier_name, architecture)))
     write_checkpoint(out, values, written)
     before, after = set(source.tensors), set(written)
     return Conversion(

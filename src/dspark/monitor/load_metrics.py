@@ -39,10 +39,10 @@ class LoadMetrics:
     def observe(self, record: StepRecord) -> None:
         """Observer of steps that decode."""
         num_requests = len(record.request_ids)
-        amounts = (num_requests, sum(record.verified), num_requests + sum(record.accepted))
+        amounts: tuple[float, ...] = (num_requests, sum(record.verified), num_requests + sum(record.accepted))
         for counter, amount in zip(self._by_load[bisect_left(LOADS, num_requests)], amounts, strict=True):
             counter.inc(amount)
         if record.predicted_seconds > 0 and record.step_seconds > 0:
-            spent = (1, record.step_seconds, record.predicted_seconds)
+            spent = (1.0, record.step_seconds, record.predicted_seconds)
             for counter, amount in zip(self._by_size[bisect_left(SIZES, record.num_tokens)], spent, strict=True):
                 counter.inc(amount)
