@@ -38,9 +38,14 @@ SHAPE: dict[str, Any] = dict(
     rope_theta=5e5,
 )
 DSPARK = BlockConfig(
-    **SHAPE, num_hidden_layers=2, block_size=4, mask_token_id=1, markov_rank=8,
-    enable_confidence_head=True, confidence_head_with_markov=True,
-)  # fmt: skip
+    **SHAPE,
+    num_hidden_layers=2,
+    block_size=4,
+    mask_token_id=1,
+    markov_rank=8,
+    enable_confidence_head=True,
+    confidence_head_with_markov=True,
+)
 DFLASH = dataclasses.replace(DSPARK, markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False)
 RNN = dataclasses.replace(DSPARK, markov_head_type="rnn")
 EAGLE3 = Eagle3Config(**SHAPE, ttt_length=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import openai
 import pytest
-import uvicorn
 
 from dspark import Engine, SamplingParams, load_drafter, load_target
 from dspark.engine.worker import Worker
 from dspark.serve.app import make_app
+from dspark.serve.process import Server, listen
 from dspark.serve.settings import ServeSettings
 
 
@@ -24,7 +24,13 @@ class Served:
     """Where a test server listens, and what is behind it."""
 
     worker: Worker
+    server: Server
     url: str
+    loop: asyncio.AbstractEventLoop
+
+    def stop(self) -> None:
+        """What SIGTERM does."""
+        self.loop.call_soon_threadsafe(self.server.stop)
 
     @property
     def engine(self) -> Engine:
@@ -49,25 +55,25 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Engine, worker_options=None, **settings) -> Iterator[Served]:
+def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings) -> Iterator[Served]:
     before = set(threading.enumerate())
     worker = Worker(engine, **(worker_options or {})).start()
     app = make_app(worker, ServeSettings(**{"model_names": ("tiny",), **settings}))
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    listening = listen("127.0.0.1", 0)
+    server = Server(app, worker, drain_seconds)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listening])))
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        served = Served(worker, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        served = Served(worker, server, f"http://127.0.0.1:{listening.getsockname()[1]}", loop)
         yield served
         served.settle()
     finally:
         server.should_exit = True
         thread.join(30)
+        loop.close()
         worker.close()
         assert not thread.is_alive()
         assert not {t for t in threading.enumerate() if t.name.startswith("dspark-")} - before

@@ -104,6 +104,10 @@ class Worker:
         """End a request with reason `cancelled` before the next step; one that has ended stays as it is."""
         self._inbox.put(partial(self.engine.cancel, request))
 
+    def cancel_all(self) -> None:
+        """End every request with reason `cancelled` before the next step."""
+        self._inbox.put(self._cancel_jobs)
+
     def wake(self) -> None:
         """Ask the idle tasks again."""
         self._inbox.put(_nothing)
@@ -126,7 +130,7 @@ class Worker:
     def close(self, timeout: float | None = 30.0) -> None:
         """Cancel everything and stop; waits for the current step."""
         self.begin_drain()
-        self._inbox.put(self._cancel_all)
+        self.cancel_all()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         self._ended.set()
@@ -202,7 +206,7 @@ class Worker:
             self._jobs[job.request.id] = job
             self.engine.enqueue(job.request)
 
-    def _cancel_all(self) -> None:
+    def _cancel_jobs(self) -> None:
         for job in self._jobs.values():
             self.engine.cancel(job.request)
 

@@ -119,7 +119,7 @@ class Desk:
 
     def _prepare(self, body: ChatRequest | CompletionRequest) -> list[Request]:
         grammar = grammar_of(body, lambda: self._grammars, self.settings.max_grammar_bytes)
-        each = params_of(body, self.engine.max_length, grammar)
+        each = params_of(body, self.engine.max_length, grammar, self.settings.seed)
         if isinstance(body, ChatRequest):
             prompts = [self.tokens("messages", conversation(body.messages), tools=shown_tools(body))]
         else:

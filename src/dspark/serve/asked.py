@@ -139,14 +139,17 @@ def voice_of(body: ChatRequest | CompletionRequest) -> Voice:
     return RequiredVoice() if body.tool_choice == "required" else TaggedVoice()
 
 
-def params_of(body: ChatRequest | CompletionRequest, max_length: int, grammar: Grammar | None) -> list[SamplingParams]:
+def params_of(
+    body: ChatRequest | CompletionRequest, max_length: int, grammar: Grammar | None, seed: int | None = None
+) -> list[SamplingParams]:
     """One for each of the n choices. The first has the seed as given, so n = 1 says the same as the first of several."""
     if isinstance(body, ChatRequest):
         max_tokens = body.max_completion_tokens or body.max_tokens or max_length  # as far as the context reaches
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     else:
         max_tokens, logprobs = body.max_tokens or 16, body.logprobs  # OpenAI's default
-    params = replace(body.params(max_tokens, logprobs), grammar=grammar)
+    params = body.params(max_tokens, logprobs)
+    params = replace(params, grammar=grammar, seed=seed if params.seed is None else params.seed)
     if params.seed is None:
         return [params] * body.n
     return [replace(params, seed=(params.seed + i * _GOLDEN) % 2**64) for i in range(body.n)]

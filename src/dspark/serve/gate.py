@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import time
@@ -54,9 +53,9 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
         finally:
-            line = {"event": "request", "request_id": request_id, "method": scope["method"], "path": scope["path"]}
+            line = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
             line |= {"status": status or 499, "seconds": round(time.monotonic() - began, 4), **fields}
-            log.info("%s", json.dumps(line, ensure_ascii=False))
+            log.info("request", extra={"fields": line})
 
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
         if not self._keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(_LOCKED):

@@ -20,6 +20,7 @@ class ServeSettings:
     max_grammar_bytes  of a JSON schema, as JSON
     max_tools        functions per request
     request_seconds  a request that takes longer is cancelled
+    seed             for requests that name none; None draws a new one for each
     log_text         put prompts and answers into the log, too
     """
 
@@ -34,4 +35,5 @@ class ServeSettings:
     max_grammar_bytes: int = 2**16
     max_tools: int = 128
     request_seconds: float = 600.0
+    seed: int | None = None
     log_text: bool = False

@@ -1,0 +1,192 @@
+"""Serve a target model over HTTP, for any OpenAI client.
+
+Without options: the embedded pair on http://127.0.0.1:8000. Logs are JSON lines on stderr and hold no text of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.errors import DSparkError, InvalidConfiguration
+
+if TYPE_CHECKING:
+    from dspark import Engine
+    from dspark.serve.settings import ServeSettings
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", nargs="?", default="tiny", help="tiny (the embedded one, default), a folder or a hub id"
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--drafter", help="as for generate (default: dspark for tiny, otherwise none)")
+    models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
+    models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
+    models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
+    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
+    models.add_argument("--served-model-name", action="append", metavar="NAME", help="name in the API; repeatable")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--scheduler", "--policy", help="how much of a draft is verified, as for generate")
+    engine.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="default coupled")
+    engine.add_argument(
+        "--max-num-seqs", type=_positive, default=32, metavar="N", help="requests decoded together (32)"
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens", type=_positive, default=512, metavar="N", help="prompt tokens a step"
+    )
+    engine.add_argument(
+        "--max-model-len", type=_positive, metavar="N", help="prompt and output (default: the target's)"
+    )
+    engine.add_argument("--num-slots", type=_positive, metavar="N", help="tokens that the KV cache holds")
+    engine.add_argument("--seed", type=int, metavar="N", help="for requests without one (default: a new one for each)")
+    engine.add_argument("--compile", action="store_true", help="compile the models first: slow start, faster steps")
+    engine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    access = parser.add_argument_group("access")
+    access.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    access.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    access.add_argument("--api-key", action="append", metavar="KEY", help="repeatable; also: DSPARK_API_KEY")
+    access.add_argument("--api-key-file", metavar="FILE", help="one key a line")
+    access.add_argument(
+        "--cors-origin", action="append", metavar="ORIGIN", help="web pages that may call; * is every one"
+    )
+    limits = parser.add_argument_group("limits and logs")
+    limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="queue; beyond it 429 (256)")
+    limits.add_argument("--max-body-bytes", type=_positive, metavar="N", help="of one HTTP request (4 MiB)")
+    limits.add_argument("--max-choices", type=_positive, metavar="N", help="prompts times n in one request (32)")
+    limits.add_argument("--request-timeout", type=float, metavar="SECONDS", help="a request is cancelled then (600)")
+    limits.add_argument("--drain-timeout", type=float, default=30.0, metavar="SECONDS", help="on SIGTERM (30)")
+    limits.add_argument(
+        "--stuck-after", type=float, default=120.0, metavar="SECONDS", help="a step is reported then (120)"
+    )
+    limits.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="default info"
+    )
+    limits.add_argument("--log-text", action="store_true", help="put the text of requests into the log")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more; got {number}")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    try:
+        from dspark.serve.process import listen, log_to_stderr, serve
+    except ImportError as error:
+        raise DSparkError(f'serving needs {error.name}: pip install "dspark[serve]"') from error
+    listening = listen(args.host, args.port)
+    with progress(f"loading {args.target}", no_color=False):
+        engine = _engine(args)
+        _warm_up(engine)
+    app, worker = _app(args, engine, settings)
+    log_to_stderr(args.log_level)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    say(f"serving {', '.join(settings.model_names)} on http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    if args.host not in _LOOPBACK and not settings.api_keys:
+        say("warning: anyone who reaches this address can use it; --api-key asks for a key")
+    serve(app, worker, listening, args.drain_timeout)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> ServeSettings:
+    from dspark.serve.settings import ServeSettings
+
+    keys = list(args.api_key or ())
+    if args.api_key_file:
+        try:
+            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidConfiguration(f"--api-key-file cannot be read: {error}") from error
+        keys += [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise InvalidConfiguration(f"--api-key-file {args.api_key_file} holds no key: write one a line")
+    keys += [key for key in [os.environ.get("DSPARK_API_KEY")] if key]
+    if not all(keys):
+        raise InvalidConfiguration("--api-key is empty: give a key, or leave the option out")
+    names = tuple(args.served_model_name or [Path(args.target).name if Path(args.target).exists() else args.target])
+    settings = ServeSettings(
+        model_names=names,
+        api_keys=tuple(keys),
+        cors_origins=tuple(args.cors_origin or ()),
+        log_text=args.log_text,
+        seed=args.seed,
+    )
+    given = {
+        "max_body_bytes": args.max_body_bytes,
+        "max_choices": args.max_choices,
+        "request_seconds": args.request_timeout,
+    }
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    import torch
+
+    from dspark import Engine, load_drafter, load_target
+    from dspark.drafters.tolerant import TolerantDrafter
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    quiet_weights(args.target)
+    from_pretrained: dict[str, Any] = {"revision": args.revision} if args.revision else {}
+    if args.trust_remote_code:
+        from_pretrained["trust_remote_code"] = True
+    target = load_target(args.target, dtype=args.dtype, device=args.device, **from_pretrained)
+    if target.tokenizer is None:
+        raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
+    drafter = load_drafter(_drafter_name(args), target)
+    options = {"scheduler": args.scheduler} if args.scheduler else {}
+    engine = Engine(
+        target,
+        TolerantDrafter(drafter, target),
+        rule=args.rule,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        num_slots=args.num_slots,
+        compile=args.compile,
+        **options,
+    )
+    if args.max_model_len is not None:
+        engine.max_length = min(engine.max_length, args.max_model_len)
+    return engine
+
+
+def _drafter_name(args: argparse.Namespace) -> str:
+    return args.drafter or ("dspark" if args.target == "tiny" else "none")
+
+
+def _warm_up(engine: Engine) -> None:
+    """The first steps allocate what later ones reuse; no client should wait for that."""
+    from dspark import SamplingParams
+
+    length = min(8, engine.max_length - 2)
+    engine.generate([[0] * length], SamplingParams(max_tokens=8, seed=0, ignore_eos=True))
+
+
+def _app(args: argparse.Namespace, engine: Engine, settings: ServeSettings) -> tuple[Any, Any]:
+    """The application over a started worker, watched by the metrics."""
+    from dspark.engine.worker import Worker
+    from dspark.monitor.prometheus import Metrics
+    from dspark.serve.app import make_app
+
+    drafter = _drafter_name(args)
+    metrics = Metrics(settings.model_names[0], drafter, engine.target.cache.limit)
+    worker = Worker(
+        engine,
+        max_waiting=args.max_waiting,
+        stuck_seconds=args.stuck_after,
+        observers=[metrics.step],
+        on_finished=[metrics.request],
+        drafter=drafter,
+    )
+    return make_app(worker.start(), settings, metrics.render), worker

@@ -1,0 +1,109 @@
+"""`dspark serve` as a process: how it starts, what it refuses, and that SIGTERM loses nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cli.command import is_one_line_error, run, start
+
+CHAT = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 0}
+
+
+@contextmanager
+def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
+    """(url, process, lines of stderr so far) of a server on a free port."""
+    process = start("serve", "--port", "0", "--dtype", "float32", "--threads", "1", *argv, env=env)
+    lines: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        for line in process.stderr:
+            lines.append(line.decode())
+            if "Ctrl-C ends it" in lines[-1]:
+                ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(60), "".join(lines)
+        url = re.search(r"http://\S+", next(line for line in lines if "serving" in line)).group()
+        httpx.get(url + "/ready", timeout=10).raise_for_status()
+        yield url, process, lines
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(30)
+        reader.join(30)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits() -> None:
+    options = ("--max-num-seqs", "2", "--served-model-name", "mine", "--max-model-len", "200", "--seed", "5")
+    with running(*options, DSPARK_API_KEY="key") as (url, process, lines):
+        headers = {"Authorization": "Bearer key"}
+        assert httpx.get(url + "/v1/models").status_code == 401
+        models = httpx.get(url + "/v1/models", headers=headers).json()["data"]
+        assert [(m["id"], m["max_model_len"]) for m in models] == [("mine", 200)]
+        sampled = {**CHAT, "temperature": 1, "max_tokens": 20}
+        replies = [httpx.post(url + "/v1/chat/completions", json=sampled, headers=headers, timeout=60) for _ in "ab"]
+        assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1  # --seed
+        assert "vllm:spec_decode_num_drafts_total" in httpx.get(url + "/metrics").text
+        body = {**CHAT, "max_tokens": 150, "ignore_eos": True, "stream": True}
+        texts: dict[int, str] = {}
+        begun = threading.Barrier(5)
+
+        def call(i: int) -> None:
+            with httpx.stream("POST", url + "/v1/chat/completions", json=body, headers=headers, timeout=60) as reply:
+                events = reply.iter_lines()
+                texts[i] = next(events)
+                begun.wait(60)
+                texts[i] += "\n".join(events)
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        begun.wait(60)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert process.wait(60) == 0
+        contents = {
+            "".join(re.findall(r'"content":("(?:[^"\\]|\\.)*")', text)).replace('""', "") for text in texts.values()
+        }
+        assert len(texts) == 4
+        assert len(contents) == 1, "the same request, the same text, however it waited"
+        assert all('"finish_reason":"length"' in text and "[DONE]" in text for text in texts.values())
+        assert "Traceback" not in "".join(lines)
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    assert sum(entry.get("completion_tokens") == 150 for entry in logged) == 4
+    assert any("4 requests are being finished" in entry["message"] for entry in logged)
+    assert "river" not in "".join(lines)
+
+
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, err = run(capsys, "serve", "--port", str(taken.getsockname()[1]))
+        assert (code, is_one_line_error(err), "cannot listen on" in err) == (2, True, True)
+    (tmp_path / "keys").write_text("\n")
+    for argv, words in (
+        (("--api-key-file", str(tmp_path / "none")), "--api-key-file cannot be read"),
+        (("--api-key-file", str(tmp_path / "keys")), "holds no key"),
+        (("--api-key", ""), "--api-key is empty"),
+        (("--host", "nowhere.invalid"), "cannot listen on"),
+        (("--port", "0", str(tmp_path / "no-model")), "no-model"),
+    ):
+        code, _, err = run(capsys, "serve", *argv)
+        assert (code, is_one_line_error(err), words in err) == (2, True, True), err
