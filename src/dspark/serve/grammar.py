@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dspark.errors import InvalidRequest
 
-# Between tokens of JSON a model may lay out lines, but it cannot go on with blanks for ever.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,20}"}
+# Between the parts of JSON: a space, or a new line and its indentation. With more, a model can write blanks for ever.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n {0,16})?"}
 
 
 class Grammars:
@@ -73,17 +73,17 @@ class JsonMatcher:
     def allowed(self, tokens: Sequence[int]) -> Tensor:
         if self.fault is None and not self._go_to(tokens):
             return torch.ones(self._vocab_size, dtype=torch.bool)
-        bits = None if self.fault is not None else self._matcher.compute_bitmask()
-        if bits is None or self._matcher.is_error():  # a schema can be too expensive to follow
-            self.fault = self.fault or str(self._matcher.get_error())
-            mask = torch.zeros(self._vocab_size, dtype=torch.bool)
-            mask[self._end_token_ids or slice(None)] = True
-            return mask
-        known = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(known.astype(bool))
+        if self.fault is None and not self._matcher.is_stopped():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if not self._matcher.is_error():
+                return torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool))
+            self.fault = str(self._matcher.get_error())  # a schema can be too expensive to follow
+        mask = torch.zeros(self._vocab_size, dtype=torch.bool)
+        mask[self._end_token_ids or slice(None)] = True
+        return mask
 
     def _go_to(self, tokens: Sequence[int]) -> bool:
-        """Bring the matcher behind `tokens`; False where the grammar excludes them or has ended before."""
+        """Bring the matcher behind `tokens`; False where the grammar excludes them."""
         num_common = _num_common(self._read, tokens)
         if num_common < len(self._read):
             self._matcher.rollback(len(self._read) - num_common)
@@ -91,7 +91,7 @@ class JsonMatcher:
         rest = list(tokens[num_common:])
         num_read = self._matcher.try_consume_tokens(rest) if rest else 0
         self._read += rest[:num_read]
-        return num_read == len(rest) and not self._matcher.is_stopped()
+        return num_read == len(rest)
 
 
 def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
