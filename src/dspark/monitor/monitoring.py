@@ -1,0 +1,108 @@
+"""All that watches one engine, put together: what a server gives its worker and what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dspark.monitor.canaries import Canaries, Outcome, PlainEngine
+from dspark.monitor.drift import Cusum, Drift
+from dspark.monitor.events import EventLog
+from dspark.monitor.identity import LogitsOf
+from dspark.monitor.prometheus import Metrics
+from dspark.monitor.request_metrics import Objectives
+from dspark.monitor.snapshot import Snapshots
+from dspark.types import RequestRecord, StepRecord
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """canary_share    of the finished requests, replayed without speculation while the server is idle
+    event_log       JSON lines file of differing canaries and drift; None remembers only
+    log_tokens      put token ids into it (they can be turned back into what users wrote)
+    objectives      latency that requests should keep
+    """
+
+    canary_share: float = 0.01
+    event_log: str | None = None
+    log_tokens: bool = False
+    objectives: Objectives = field(default_factory=Objectives)
+
+
+class Monitoring:
+    """Give `step` to the worker's observers, `request` to on_finished, `idle` to its idle tasks; `snapshot` feeds the
+    dashboard and `metrics.render` is `/metrics`.
+
+    plain      an engine over the same target without drafter and prefix cache; None replays nothing (rejection rule)
+    logits_of  the target in float32, for targets in less; without it no differing canary is explained
+    """
+
+    def __init__(
+        self,
+        target: str,
+        drafter: str,
+        num_slots: int,
+        settings: MonitorSettings | None = None,
+        *,
+        dtype: str = "float32",
+        plain: PlainEngine | None = None,
+        logits_of: LogitsOf | None = None,
+        cost: Callable[[int, int, int], float] | None = None,
+        process: bool = True,
+    ) -> None:
+        settings = settings or MonitorSettings()
+        self.metrics = Metrics(target, drafter, num_slots, settings.objectives, cost, process)
+        self.events = EventLog(settings.event_log, settings.log_tokens)
+        self.drift = Drift(self._drifted)
+        self.canaries: Canaries | None = None
+        if plain is not None and settings.canary_share > 0:
+            self.canaries = Canaries(
+                plain,
+                settings.canary_share,
+                dtype,
+                logits_of,
+                observers=[self.metrics.canary, self.drift.canary, self._replayed],
+                step_observers=[self.metrics.plain_step],
+            )
+        self.snapshot = Snapshots(self.metrics, self.events)
+
+    def step(self, record: StepRecord) -> None:
+        """Observer of the engine's steps."""
+        self.metrics.step(record)
+        if self.canaries is not None:
+            self.canaries.step(record)
+
+    def request(self, record: RequestRecord) -> None:
+        """Observer of finished requests."""
+        self.metrics.request(record)
+        self.drift.request(record)
+        if self.canaries is not None:
+            self.canaries.request(record)
+
+    def idle(self) -> bool:
+        """Idle task: a little of what can wait; whether there is more."""
+        return self.canaries is not None and self.canaries.idle()
+
+    def _drifted(self, signal: str, name: str, cusum: Cusum) -> None:
+        self.metrics.drift_alarms[signal, name].inc()
+        evidence: dict[str, Any] = {
+            "low": round(cusum.low, 2),
+            "high": round(cusum.high, 2),
+            "reference": round(cusum.mean, 4),
+        }
+        self.events.write("drift", signal=signal, request_class=name, **evidence)
+
+    def _replayed(self, outcome: Outcome) -> None:
+        if outcome.difference is None:
+            return
+        record = outcome.record
+        facts: dict[str, Any] = {**asdict(outcome.difference), "request_id": record.request_id, "seed": record.seed}
+        if not self.events.with_tokens:
+            del facts["token_id"], facts["plain_token_id"]
+        traces = {
+            "prompt_token_ids": record.prompt_token_ids,
+            "token_ids": record.token_ids,
+            "plain_token_ids": outcome.plain_token_ids,
+        }
+        self.events.write("canary", traces, outcome=outcome.kind, **facts)
