@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-6  # in every denominator, as released
+CHUNK_ROWS = 64  # of the vocabulary-wide tensors that exist at once
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def block_losses(
     evaluated: Tensor,
     weights: LossWeights,
     softcap: float | None = None,
-    chunk: int = 64,
+    chunk: int = CHUNK_ROWS,
 ) -> Losses:
     """The whole loss of M blocks: hidden, teacher_hidden [M, K, H], latent [M, K, r], confidence logits and the rest [M, K]."""
     position = position_weights(evaluated, weights.decay)

@@ -50,8 +50,11 @@ def test_three_commands(capsys: Capture, folder: Path) -> None:
     code, _, err = run(capsys, "data", "regenerate", str(folder / "text"), "--target", "tiny", "--out", texts, *answer)
     assert code == 0 and "10 records read = 10 written" in err, err
     train = ("train", str(folder / "mine.toml"), "--data", texts, "--out", out, *one)
+    code, told, err = run(capsys, *train, "--dry-run")
+    assert code == 0 and "whole run: 4 steps" in told and "tau to expect" in told, err
     code, _, err = run(capsys, *train)
     assert code == 0, err
+    assert (Path(out) / "report.html").stat().st_size > 4000
     assert "decoded_tau" in err and f"--drafter {Path(out) / 'mine'}" in err
     drafted = run_json(capsys, "generate", "What is 3 plus 4?", "--drafter", f"{out}/mine", "--max-tokens", "12", *one)
     assert sum(drafted for drafted, _, _ in drafted["rounds"]) > 0

@@ -31,9 +31,11 @@ def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     return process
 
 
-def make_trainer(target: Path, data: Path, out: Path, recipes: Sequence[Path], **train: Any) -> Trainer:
+def make_trainer(
+    target: Path, data: Path, out: Path, recipes: Sequence[Path], cache: Path | None = None, **train: Any
+) -> Trainer:
     plan = make_plan(recipes, {"target": target, "data": data, "out": out}, train)
-    return Trainer(plan, dspark.load_target(target, dtype="float32", device="cpu"), is_quiet=True)
+    return Trainer(plan, dspark.load_target(target, dtype="float32", device="cpu"), cache, is_quiet=True)
 
 
 def train(target: Path, data: Path, out: Path, recipes: Sequence[Path], kill_at: tuple[str, int] | None) -> None:

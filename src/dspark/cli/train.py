@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspark.cli.terminal import quiet_weights, say
 from dspark.errors import InvalidConfiguration
+
+if TYPE_CHECKING:
+    from dspark.target.target import Target
+    from dspark.train.trainer import Trainer
 
 _OVERRIDES = ("steps", "tokens_per_batch", "accumulate", "validate_every", "seed", "start_from")
 
@@ -33,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=int)
     training.add_argument("--start-from", help="drafter of the same shape to go on from")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the target's states in this folder instead of making them anew"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost and bring, and stop")
     parser.add_argument("--tensorboard", action="store_true", help="event files beside the CSV files")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
 
@@ -50,17 +59,17 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     places = {name: getattr(args, name) for name in ("target", "data", "out", "dtype", "device")}
     plan = make_plan(args.recipes, places, {name: getattr(args, name) for name in _OVERRIDES})
-    if not args.resume:
+    if not (args.resume or args.dry_run):
         refuse_to_overwrite(plan.out)
     rank, _ = join()
     try:
-        trainer = Trainer(
-            plan, _target(plan.target, plan.run.dtype, plan.run.device, rank), tensorboard=args.tensorboard
-        )
-        if args.resume and rank == 0:
-            say(f"going on from step {trainer.progress['step']:.0f}" if trainer.resume() else "nothing to go on from")
-        elif args.resume:
-            trainer.resume()
+        target = _target(plan.target, plan.run.dtype, plan.run.device, rank)
+        if args.dry_run:
+            return _estimate(Trainer(plan, target))
+        trainer = Trainer(plan, target, args.cache, tensorboard=args.tensorboard)
+        if args.resume:
+            found = trainer.resume()
+            trainer.say(f"going on from step {trainer.progress['step']:.0f}" if found else "nothing to go on from")
         trainer.run()
     finally:
         leave()
@@ -70,7 +79,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _target(name: str, dtype: str | None, device: str | None, rank: int):  # type: ignore[no-untyped-def]
+def _estimate(trainer: Trainer) -> int:
+    from dspark.train.estimate import estimate
+
+    for line in estimate(trainer):
+        print(line, flush=True)
+    return 0
+
+
+def _target(name: str, dtype: str | None, device: str | None, rank: int) -> Target:
     import torch
 
     from dspark import load_target

@@ -8,6 +8,7 @@ seed and the step alone, and everything else is in one file that is replaced in 
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,13 @@ from dspark.errors import CheckpointError, DSparkError, InvalidConfiguration
 from dspark.losses import Losses
 from dspark.target.target import Target
 from dspark.train.anchors import choose_anchors
+from dspark.train.cache import TraceCache
 from dspark.train.decoding import Decoding, decode
 from dspark.train.distributed import Objective, gathered, join, mean_over_processes
 from dspark.train.files import replace_file
 from dspark.train.optim import SCHEDULES
 from dspark.train.plan import Plan, identity
+from dspark.train.report import write_report
 from dspark.train.run_log import Curves, ProgressBar, time_left
 from dspark.train.student import Student, numbers
 from dspark.train.texts import Text, batches, pad, split_validation
@@ -42,14 +45,14 @@ States = Callable[[list[Text], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class Trainer:
     """Teaches students side by side: each batch and the target's states over it are made once for all of them.
 
-    stored  where states come from instead of the target (traces that were kept on disk)
+    cache  folder for traces; None: the target's states are made anew for every batch
     """
 
     def __init__(
         self,
         plan: Plan,
         target: Target,
-        stored: States | None = None,
+        cache: Path | None = None,
         is_quiet: bool = False,
         tensorboard: bool = False,
     ) -> None:
@@ -60,7 +63,9 @@ class Trainer:
         teacher = target.model.requires_grad_(False)
         self.embed, self.lm_head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
         self.online = TargetStates(teacher, plan.recipes[0].config.target_layer_ids)
-        self.states: States = stored or (lambda texts, token_ids: self.online(token_ids))
+        self.states: States = (
+            (lambda texts, token_ids: self.online(token_ids)) if cache is None else self._traces(cache)
+        )
         self.train_texts, self.validation_texts = self._split(plan.texts)
         self.prompts = self._prompts()
         self.students = [Student(recipe, teacher, plan.prints) for recipe in plan.recipes]
@@ -84,6 +89,19 @@ class Trainer:
             length = text.prompt_length if text.prompt_length > 1 else min(_PLAIN_PROMPT, len(text) // 2)
             found.append(text.token_ids[: max(1, length)].tolist())
         return found
+
+    def _traces(self, folder: Path) -> TraceCache:
+        """One process makes what is missing, and the others wait for it."""
+        traces = TraceCache(folder, self.plan.texts, self.plan.target, self.online.layer_ids)
+        for rank in (True, False):
+            if self.is_first is rank:
+                traces.fill(self.online, self.target.device, self.say)
+            gathered(None)
+        return traces
+
+    def say(self, line: str) -> None:
+        if self.is_first and not self.is_quiet:
+            print(f"dspark: {line}", file=sys.stderr, flush=True)
 
     # -- data -----------------------------------------------------------------------------------------------------------
 
@@ -131,9 +149,13 @@ class Trainer:
                 if progress["step"] % settings.validate_every == 0 or is_last:
                     for student in self.students:
                         self._log(bar, student, "validation", self.validate(student))
+                    if self.is_first:
+                        write_report(self.plan)
                 if time.time() - last_save > settings.save_seconds or is_last:
                     self.save()
                     last_save = time.time()
+        if self.is_first:
+            write_report(self.plan)  # once more: a finished run that is resumed shows what came later, as calibration
 
     def step(self, stream: Iterator[tuple[int, list[Text]]]) -> None:
         """One optimiser step of every student."""
@@ -164,7 +186,7 @@ class Trainer:
         step, settings = int(self.progress["step"]), self.settings
         smooth = self.students[0].smooth
         bar.update(step, smooth["total"], smooth["tau"])
-        if step % settings.log_every and step > 3:
+        if step % settings.log_every and 3 < step < settings.steps:
             return
         scale = SCHEDULES[settings.schedule](step - 1, settings.steps, settings.warmup, settings.decay)
         for student in self.students:
