@@ -73,6 +73,8 @@ def test_rounding_explains_only_near_ties(target):
     record = finished(params=greedy, prompt_token_ids=[3, 1], token_ids=[*plain[:3], 0 if plain[3] else 1])
     near = torch.full((target.vocab_size,), 5.0)
     assert outcomes(target, [record], "bfloat16", lambda _: near)[0][0].kind == "explained"
+    assert outcomes(target, [record], "bfloat16")[0][0].kind == "unjudged"
+    assert outcomes(target, [record], "float32")[0][0].kind == "unexplained"
 
 
 def test_what_was_cancelled_is_not_replayed_and_what_cannot_be_is_abandoned(target):

@@ -189,10 +189,10 @@ def test_cost_error_and_regret():
 
 def test_skipped_drafts_by_reason():
     m = metrics()
-    m.step(step(drafted=(0, 4), verified=(0, 4), accepted=(0, 1), skip_reason="load", num_skipped=1, num_faults=2))
+    m.step(step(drafted=(0, 4), verified=(0, 4), accepted=(0, 1), skip_reason="cost", num_skipped=1, num_faults=2))
     m.step(step(drafted=(0, 4), verified=(0, 4), accepted=(0, 1), skip_reason="a new one", num_skipped=1))
     v = values(m)
-    assert (v["dspark_skipped_drafts_total.load"], v["dspark_skipped_drafts_total.other"]) == (1, 1)
+    assert (v["dspark_skipped_drafts_total.cost"], v["dspark_skipped_drafts_total.other"]) == (1, 1)
     assert v["dspark_draft_faults_total"] == 2
 
 

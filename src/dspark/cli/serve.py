@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,15 @@ from dspark.cli.terminal import progress, quiet_weights, say
 from dspark.errors import DSparkError, InvalidConfiguration
 
 if TYPE_CHECKING:
-    from dspark import Engine
-    from dspark.serve.settings import ServeSettings
+    from torch import Tensor
 
+    from dspark import Engine
+    from dspark.monitor.identity import LogitsOf
+    from dspark.monitor.monitoring import Monitoring
+    from dspark.serve.settings import ServeSettings
+    from dspark.target.target import Target
+
+_MOST_PARAMETERS_TWICE = 10**9  # a larger target is not loaded a second time
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -67,6 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="default info"
+    )
+    watch = parser.add_argument_group("monitoring (/metrics, /dashboard)")
+    watch.add_argument(
+        "--canary-share",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="of requests, replayed without drafts when idle (0.01)",
+    )
+    watch.add_argument("--event-log", metavar="FILE", help="JSON lines: differing canaries, drift; no text of requests")
+    watch.add_argument("--slo-ttft", type=float, default=1.0, metavar="SECONDS", help="objective: first token (1)")
+    watch.add_argument(
+        "--slo-per-token", type=float, default=0.1, metavar="SECONDS", help="objective: later ones (0.1)"
     )
     limits.add_argument("--log-text", action="store_true", help="put the text of requests into the log")
 
@@ -132,16 +152,12 @@ def _settings(args: argparse.Namespace) -> ServeSettings:
 def _engine(args: argparse.Namespace) -> Engine:
     import torch
 
-    from dspark import Engine, load_drafter, load_target
+    from dspark import Engine, load_drafter
     from dspark.drafters.tolerant import TolerantDrafter
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    quiet_weights(args.target)
-    from_pretrained: dict[str, Any] = {"revision": args.revision} if args.revision else {}
-    if args.trust_remote_code:
-        from_pretrained["trust_remote_code"] = True
-    target = load_target(args.target, dtype=args.dtype, device=args.device, **from_pretrained)
+    target = _load_target(args, args.dtype)
     if target.tokenizer is None:
         raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
     drafter = load_drafter(_drafter_name(args), target)
@@ -161,6 +177,16 @@ def _engine(args: argparse.Namespace) -> Engine:
     return engine
 
 
+def _load_target(args: argparse.Namespace, dtype: str | None) -> Target:
+    from dspark import load_target
+
+    quiet_weights(args.target)
+    from_pretrained: dict[str, Any] = {"revision": args.revision} if args.revision else {}
+    if args.trust_remote_code:
+        from_pretrained["trust_remote_code"] = True
+    return load_target(args.target, dtype=dtype, device=args.device, **from_pretrained)
+
+
 def _drafter_name(args: argparse.Namespace) -> str:
     return args.drafter or ("dspark" if args.target == "tiny" else "none")
 
@@ -176,17 +202,59 @@ def _warm_up(engine: Engine) -> None:
 def _app(args: argparse.Namespace, engine: Engine, settings: ServeSettings) -> tuple[Any, Any]:
     """The application over a started worker, watched by the metrics."""
     from dspark.engine.worker import Worker
-    from dspark.monitor.prometheus import Metrics
     from dspark.serve.app import make_app
+    from dspark.serve.dashboard import make_dashboard
 
     drafter = _drafter_name(args)
-    metrics = Metrics(settings.model_names[0], drafter, engine.target.cache.limit)
+    monitoring = _monitoring(args, engine, settings.model_names[0])
     worker = Worker(
         engine,
         max_waiting=args.max_waiting,
         stuck_seconds=args.stuck_after,
-        observers=[metrics.step],
-        on_finished=[metrics.request],
+        observers=[monitoring.step],
+        on_finished=[monitoring.request],
+        idle_tasks=[monitoring.idle],
         drafter=drafter,
     )
-    return make_app(worker.start(), settings, metrics.render), worker
+    dashboard = make_dashboard(monitoring.snapshot, is_ending=lambda: worker.is_draining)
+    return make_app(worker.start(), settings, monitoring.metrics.render, [dashboard]), worker
+
+
+def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitoring:
+    """Canaries compare tokens, which only the coupled rule promises."""
+    import numpy as np
+
+    from dspark import Engine
+    from dspark.monitor.monitoring import Monitoring, MonitorSettings
+    from dspark.monitor.request_metrics import Objectives
+
+    objectives = Objectives(args.slo_ttft, args.slo_per_token)
+    watch = MonitorSettings(args.canary_share, args.event_log, args.log_text, objectives)
+    target = engine.target
+    dtype = str(target.dtype).removeprefix("torch.")
+    return Monitoring(
+        name,
+        _drafter_name(args),
+        target.cache.limit,
+        watch,
+        dtype=dtype,
+        plain=Engine(target, None, max_num_seqs=4) if args.rule == "coupled" else None,
+        logits_of=_single_precision(args, target) if dtype != "float32" else None,
+        cost=lambda tokens, requests, context: float(engine.capacity.seconds(np.array([tokens]), requests, context)[0]),
+    )
+
+
+def _single_precision(args: argparse.Namespace, target: Target) -> LogitsOf | None:
+    """The target in float32, loaded when a canary first differs; large ones are not, for the sake of memory and time."""
+    from dspark.monitor.identity import logits_by_target
+
+    if target.num_parameters > _MOST_PARAMETERS_TWICE:
+        return None
+    loaded: list[LogitsOf] = []
+
+    def logits_of(context: Sequence[int]) -> Tensor:
+        if not loaded:
+            loaded.append(logits_by_target(_load_target(args, "float32")))
+        return loaded[0](context)
+
+    return logits_of

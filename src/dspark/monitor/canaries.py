@@ -16,6 +16,7 @@ from dspark.errors import DSparkError, InvalidConfiguration
 from dspark.monitor.identity import Difference, LogitsOf, judge
 from dspark.types import Request, RequestRecord, SamplingParams, StepRecord
 
+Kind = Literal["equal", "explained", "unexplained", "unjudged", "abandoned"]
 _REPLAYED = ("stop", "length")  # others ended for reasons that lie outside of the text
 
 
@@ -33,11 +34,12 @@ class PlainEngine(Protocol):
 class Outcome:
     """What became of one canary.
 
-    kind     equal, explained (rounding turned a near tie), unexplained (corrupted output), abandoned (could not be run)
+    kind     equal, explained (rounding turned a near tie), unexplained (corrupted output), unjudged (either of the two:
+             there is nobody to ask in float32), abandoned (could not be run)
     logprob  mean log-probability that the target gives its own tokens; None where nothing was generated
     """
 
-    kind: Literal["equal", "explained", "unexplained", "abandoned"]
+    kind: Kind
     record: RequestRecord
     plain_token_ids: list[int]
     difference: Difference | None = None
@@ -50,7 +52,7 @@ class Canaries:
 
     share      of the finished requests, 0 .. 1
     dtype      of the target: what rounding may explain
-    logits_of  the target in float32; without it no difference is explained
+    logits_of  the target in float32; without it differences in a lesser dtype are unjudged
     observers  called with every Outcome; step_observers with the record of every plain step (a measure of plain decoding)
     num_kept   differing outcomes remembered with both traces
     """
@@ -115,9 +117,15 @@ class Canaries:
             record.prompt_token_ids, plain, record.token_ids, record.params, record.seed, self.dtype, self.logits_of
         )
         logprob = sum(p.logprob for p in replay.logprobs) / len(replay.logprobs) if replay.logprobs else None
+        return Outcome(self._kind(difference), record, plain, difference, logprob)
+
+    def _kind(self, difference: Difference | None) -> Kind:
         if difference is None:
-            return Outcome("equal", record, plain, logprob=logprob)
-        return Outcome("explained" if difference.is_explained else "unexplained", record, plain, difference, logprob)
+            return "equal"
+        if difference.is_explained:
+            return "explained"
+        is_ending = None in (difference.token_id, difference.plain_token_id)
+        return "unjudged" if self.logits_of is None and self.dtype != "float32" and not is_ending else "unexplained"
 
     def _tell(self, outcome: Outcome) -> None:
         if outcome.difference is not None:

@@ -35,7 +35,7 @@ class Monitoring:
     dashboard and `metrics.render` is `/metrics`.
 
     plain      an engine over the same target without drafter and prefix cache; None replays nothing (rejection rule)
-    logits_of  the target in float32, for targets in less; without it no differing canary is explained
+    logits_of  the target in float32, for targets in less; without it their differing canaries are unjudged
     """
 
     def __init__(

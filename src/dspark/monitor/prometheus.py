@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 MAX_POSITIONS = 32  # draft positions with a series of their own; deeper ones count with the last
 PHASES = ("admit", "draft", "schedule", "target", "verify", "commit")
-SKIP_REASONS = ("load", "difficulty", "probe", "fault")
+SKIP_REASONS = ("cost", "difficulty", "measuring a plain step")  # those of budget/guard.py
 DRIFT_SIGNALS = ("first_token_acceptance", "target_logprob")
-OUTCOMES = ("equal", "explained", "unexplained", "abandoned")
+OUTCOMES = ("equal", "explained", "unexplained", "unjudged", "abandoned")
 _OTHER = "other"
 _MEMORY_SECONDS = 60.0  # of steps, in the gauges that fade
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
