@@ -9,12 +9,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dspark.errors import DSparkError, InvalidRequest, QueueFull, ShuttingDown
+from dspark.serve import wire
 
 log = logging.getLogger(__name__)
 
+_FIELDS = {
+    field.alias or name
+    for model in vars(wire).values()
+    if isinstance(model, type) and issubclass(model, BaseModel)
+    for name, field in model.model_fields.items()
+}
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -88,12 +96,14 @@ def add_handlers(app: FastAPI) -> None:
 def _validation_error(error: RequestValidationError) -> ApiError:
     """The first complaint, with the field's path; what came is not repeated, since it may be long or private."""
     first = error.errors()[0]
-    # Names of union members and the like are upper-case or have brackets; they mean nothing to a client.
-    path = [str(part) for part in first["loc"][1:] if not (isinstance(part, str) and (not part[:1].islower()))]
+    where = list(first["loc"][1:])
+    # Besides fields and places, pydantic names members of unions, which mean nothing to a client.
+    path = [str(part) for part in where if isinstance(part, int) or part in _FIELDS]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {path[-1]!r}: it is not supported here", ".".join(path), "unknown_field")
+        field = ".".join([*path, str(where[-1])])
+        return ApiError(400, f"unknown field {field!r}: it is not supported here", field, "unknown_field")
     field = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, field)
