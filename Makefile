@@ -14,6 +14,9 @@ demo: $(VENV)/installed
 	@echo
 	@echo "== sampled at temperature 1 with a seed: still the same tokens =="
 	$(BIN)/dspark generate "Tom has 3 apples and buys 4 more. How many apples does he have?" --temperature 1 --seed 7 --dtype float32 --max-tokens 160 --compare
+	@echo
+	@echo "== next: serve it to any OpenAI client, and chat with it at http://127.0.0.1:8000/ =="
+	@echo "$(PIP) install -e '.[serve]' && $(BIN)/dspark serve"
 
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-dev

@@ -107,3 +107,25 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     ):
         code, _, err = run(capsys, "serve", *argv)
         assert (code, is_one_line_error(err), words in err) == (2, True, True), err
+
+
+def test_chat_keeps_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dspark import Engine, SamplingParams, load_target
+
+    lines = ["What is a river?", "", "And a lake?", "x" * 20_000, "/new", "And a lake?", "/quit", "never read"]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    code, out, err = run(capsys, "chat", "--temperature", "0", "--max-tokens", "12", "--dtype", "float32")
+    assert (code, lines) == (0, ["never read"])
+    assert "tau" in err
+    assert "error: the prompt has" in err
+    engine = Engine(load_target("tiny", dtype="float32"))
+    params = SamplingParams(temperature=0, max_tokens=12)
+
+    def answer(*turns: str) -> str:
+        roles = ("user", "assistant", "user")
+        conversation = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+        return engine.generate([conversation], params)[0].text
+
+    first = answer("What is a river?")
+    second = answer("What is a river?", first, "And a lake?")
+    assert out == f"{first}\n{second}\n{answer('And a lake?')}\n"

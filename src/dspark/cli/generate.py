@@ -46,6 +46,18 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="what to answer, or with --raw to continue; - reads it from stdin")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    prompt = parser.add_argument_group("prompt and output")
+    prompt.add_argument("--system", help="system message before the prompt")
+    prompt.add_argument("--raw", action="store_true", help="continue the prompt as it stands: no chat template")
+    prompt.add_argument("--compare", action="store_true", help="run plain decoding too: speed-up and equality")
+    prompt.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    prompt.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_engine` reads."""
     models = parser.add_argument_group("models")
     models.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
     models.add_argument(
@@ -64,18 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speculation.add_argument("--compile", action="store_true", help="compile the models first; pays for long outputs")
     speculation.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `sampling_params` reads."""
     sampling = parser.add_argument_group("sampling")
     for name, (kind, text) in _SAMPLING.items():
         metavar = "N" if kind is int else "X"
         sampling.add_argument(f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
     sampling.add_argument("--stop", action="append", default=argparse.SUPPRESS, help="string that ends it; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past end tokens")
-    prompt = parser.add_argument_group("prompt and output")
-    prompt.add_argument("--system", help="system message before the prompt")
-    prompt.add_argument("--raw", action="store_true", help="continue the prompt as it stands: no chat template")
-    prompt.add_argument("--compare", action="store_true", help="run plain decoding too: speed-up and equality")
-    prompt.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    prompt.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,8 @@ class _Run:
 def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     with progress(f"loading {args.target}", args.no_color):
-        from dspark.types import SamplingParams
-
-        names = [*(name.replace("-", "_") for name in _SAMPLING), "stop", "ignore_eos"]
-        params = SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
-        engine = _engine(args)
+        params = sampling_params(args)
+        engine = make_engine(args)
     if args.compile:
         with progress("compiling", args.no_color):
             engine.generate([prompt], replace(params, max_tokens=min(16, params.max_tokens)), raw=args.raw)
@@ -132,7 +139,16 @@ def _prompt(args: argparse.Namespace) -> Any:
     return [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What the flags say, and the defaults of SamplingParams for the rest."""
+    from dspark import SamplingParams
+
+    names = [*(name.replace("-", "_") for name in _SAMPLING), "stop", "ignore_eos"]
+    return SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def make_engine(args: argparse.Namespace) -> Engine:
+    """Load the models that the flags name."""
     import torch
 
     from dspark import Engine, load_drafter, load_target

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, convert, data, generate, info, serve, train, verify_lossless
+from dspark.cli import calibrate, chat, convert, data, generate, info, serve, train, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", train),
         ("calibrate", calibrate),
         ("serve", serve),
+        ("chat", chat),
         ("verify-lossless", verify_lossless),
     ):
         summary = (verb.__doc__ or "").splitlines()[0]

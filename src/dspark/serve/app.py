@@ -20,6 +20,7 @@ from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Prompt, render_prompt
 from dspark.engine.worker import Worker
 from dspark.errors import InvalidRequest
+from dspark.serve import page
 from dspark.serve.answer import Answer, EventStream, whole_response
 from dspark.serve.asked import check_limits, conversation, grammar_of, params_of, shown_tools, voice_of
 from dspark.serve.faults import ApiError, add_handlers, as_api_error
@@ -72,6 +73,7 @@ def make_app(
     _add_completions(app, desk)
     _add_models(app, desk)
     _add_state(app, worker, metrics)
+    app.include_router(page.router)
     for router in routers:
         app.include_router(router)
     return app

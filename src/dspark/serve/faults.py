@@ -102,8 +102,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
     if first["type"] == "extra_forbidden":
-        field = ".".join([*path, str(where[-1])])
-        return ApiError(400, f"unknown field {field!r}: it is not supported here", field, "unknown_field")
+        unknown = ".".join([*path, str(where[-1])])
+        return ApiError(400, f"unknown field {unknown!r}: it is not supported here", unknown, "unknown_field")
     field = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, field)
