@@ -57,6 +57,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.name}: config.json must be one JSON object; got a {type(config).__name__}")
         return config
 
+    def with_config(self, **changes: Any) -> Checkpoint:
+        """The same weights, read as if config.json said otherwise."""
+        other = Checkpoint(self.name, self.path)
+        other.__dict__["config"] = {**self.config, **changes}
+        return other
+
     @property
     def architecture(self) -> str:
         return str((self.config.get("architectures") or ["?"])[0])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, chat, convert, data, generate, info, serve, train, verify_lossless
+from dspark.cli import calibrate, chat, convert, data, doctor, generate, info, serve, train, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", generate),
         ("info", info),
         ("convert", convert),
+        ("doctor", doctor),
         ("data", data),
         ("train", train),
         ("calibrate", calibrate),
