@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.budget.capacity import Capacity
+from dspark.budget.capacity import Capacity, Fingerprint, usual_path
 from dspark.budget.guard import Guard
 from dspark.budget.prefix_scheduler import falling_survival
 from dspark.budget.raw_beliefs import RawBeliefs
@@ -53,7 +53,8 @@ class Engine:
 
     target, drafter     from `load_target` and `load_drafter`; no drafter is plain decoding
     scheduler           which draft tokens are verified: `auto`, `fixed:7`, … (budget/schedulers.py), or an object
-    capacity            what steps cost, as far as it is known; every step refines it. None: learned from the first steps
+    capacity            what steps cost, as far as it is known; every step refines it. None: what `dspark profile` kept
+                        for such an engine, else learned from the first steps
     guard               leaves out drafts that do not pay; None: `auto` brings one, the others draft always
     beliefs             how likely draft tokens are to survive; None: the drafter's confidences, or running acceptance
     rule                `coupled`: same seed, same text, with and without speculation. `rejection`: the paper's rule
@@ -83,7 +84,7 @@ class Engine:
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         self.beliefs = RawBeliefs() if beliefs is None else beliefs
-        self.capacity = Capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
+        self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
         self.scheduler = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
@@ -379,6 +380,11 @@ class Engine:
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
         record.parents = None if draft.parents is None else draft.parents[:n]
         record.kept, record.accepted_nodes = keep[:n], accepted[:n]
+
+
+def _known_capacity(about: Fingerprint) -> Capacity:
+    """What `dspark profile` has measured of such an engine, or nothing yet."""
+    return Capacity.load_or_new(usual_path(about), about)
 
 
 def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:
