@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import dspark
+from dspark.checkpoints import save_drafter
+from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
 from dspark.noise import COUPLED, gumbel
 from dspark.target.target import Target
-from dspark.train.acceptance import Outcome, load_guesser, walk
+from dspark.train.acceptance import Guesser, Outcome, load_guesser, walk
+from dspark.train.kinds import shape_of
 from dspark.train.texts import Text
 
 PAIR = Path(__file__).parents[2] / "pairs" / "tiny"
@@ -26,30 +30,53 @@ def target() -> Target:
 
 @pytest.mark.parametrize("name", ["dspark", "dflash", "draft"])
 def test_every_round_is_the_engines(name: str, target: Target) -> None:
-    engine = dspark.Engine(target, dspark.load_drafter(name, target, length=7))
     prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    plain = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()
+    guesser = load_guesser(PAIR / name, plain, torch.float32, block_size=7)
+    decoded = _agree(target, dspark.load_drafter(name, target, length=7), guesser, prompts, 4096)
+    assert {generation.finish_reason for generation in decoded} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 200])
+def test_so_are_those_of_eagle3(draft_vocab_size: int | None, target_folder: Path, tmp_path: Path) -> None:
+    """Random weights are right now and then, because target and drafter draw with the same noise."""
+    target = dspark.load_target(target_folder, dtype="float32", device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
+    shape = shape_of(plain.config) | {"draft_vocab_size": draft_vocab_size}
+    torch.manual_seed(0)
+    model = Eagle3Model(Eagle3Config.from_dict({**shape, "target_layer_ids": [0, 1, 2], "ttt_length": 7}))
+    if draft_vocab_size is not None:
+        model.choose_vocabulary(torch.randperm(300)[:draft_vocab_size])
+    save_drafter(model, tmp_path)
+    guesser = load_guesser(tmp_path, plain, torch.float32, block_size=7)
+    _agree(target, dspark.load_drafter(tmp_path, target), guesser, [list(range(i, i + 3)) for i in range(10, 16)], 300)
+
+
+def _agree(target: Target, drafter: Any, guesser: Guesser, prompts: list[Any], vocab_size: int) -> list[Any]:
+    """Decodes each prompt, and compares its rounds with those found in the finished text."""
+    engine = dspark.Engine(target, drafter)
     decoded = [
         engine.generate([prompt], dspark.SamplingParams(max_tokens=LENGTH, seed=seed))[0]
         for seed, prompt in enumerate(prompts)
     ]
-    plain = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()
-    guesser = load_guesser(PAIR / name, plain, torch.float32, block_size=7)
     texts = [
         Text.after_prompt(torch.tensor(g.prompt_token_ids + g.token_ids, dtype=torch.int32), len(g.prompt_token_ids))
         for g in decoded
     ]
     noise = torch.stack(
-        [gumbel(g.seed, len(g.prompt_token_ids), LENGTH + 8, 4096, COUPLED, torch.device("cpu")) for g in decoded]
+        [gumbel(g.seed, len(g.prompt_token_ids), LENGTH + 8, vocab_size, COUPLED, torch.device("cpu")) for g in decoded]
     )
     matched = guesser.matches(texts, noise)
     for row, generation in enumerate(decoded):
         walked = walk(matched[row], len(generation.token_ids))
         accepted = [r.accepted for r in generation.rounds]
-        assert walked[:-1] == accepted[:-1]
+        assert walked[:-1] == accepted[:-1] and len(walked) == len(accepted)
         # the engine leaves room for the bonus token under max_tokens, and the walk does not
+        if not accepted:  # the answer ended at once
+            continue
         assert walked[-1] - accepted[-1] in ((0,) if generation.finish_reason == "stop" else (0, 1))
-    assert {generation.finish_reason for generation in decoded} == {"stop", "length"}
     assert sum(r.accepted for g in decoded for r in g.rounds) > 10, "no draft was ever right: nothing was tested"
+    return decoded
 
 
 def test_walking_from_round_to_round() -> None:

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspark.drafters.block_model import BlockConfig, BlockModel, TraceBatch
+from dspark.checkpoints.dialects import MODELS
+from dspark.drafters.block_model import TraceBatch
+from dspark.drafters.eagle3_model import Eagle3Model
 from dspark.train.data import Source, load_prompts
 from dspark.train.regenerate import RegenerateSettings, end_tokens_of, write_answers
 from dspark.train.settings import read_recipe
@@ -48,7 +50,7 @@ class Guesser(Protocol):
 class BlockGuesser:
     """DSpark and DFlash."""
 
-    def __init__(self, model: BlockModel, target: Any) -> None:
+    def __init__(self, model: Any, target: Any) -> None:
         self.model, self.block_size = model.eval(), model.config.block_size
         self.embed, self.lm_head = target.get_input_embeddings(), target.get_output_embeddings()
         self.states = TargetStates(target, model.config.target_layer_ids)
@@ -67,20 +69,28 @@ class BlockGuesser:
         found = torch.zeros(hidden.shape[:3], dtype=torch.bool)
         padded = torch.nn.functional.pad(token_ids, (0, self.block_size + 1), value=-1)
         for k in range(self.block_size):  # a position at a time, for memory
-            previous = padded.gather(1, anchors + k)
-            bias = self.head_bias(previous.clamp(min=0), hidden, k, padded, anchors)
-            logits = self.model.base_logits(hidden[:, :, k].to(self.lm_head.weight.dtype), self.lm_head).float()
-            drawn = (logits if bias is None else logits + bias).log_softmax(-1) + noise[:, k + 1 : k + 1 + num_anchors]
+            previous = torch.stack([padded.gather(1, anchors + j).clamp(min=0) for j in range(k + 1)], -1)
+            drawn = self.logits(hidden[:, :, : k + 1], previous).log_softmax(-1) + noise[:, k + 1 : k + 1 + num_anchors]
             found[:, :, k] = drawn.argmax(-1) == padded.gather(1, anchors + k + 1)
         return found
 
-    def head_bias(self, previous: Tensor, hidden: Tensor, k: int, padded: Tensor, anchors: Tensor) -> Tensor | None:
-        """Bias [B, A, V] at position k; the RNN head has to be run from the start of the block."""
-        tokens = torch.stack([padded.gather(1, anchors + j).clamp(min=0) for j in range(k + 1)], -1).flatten(0, 1)
-        latent, _ = self.model.head.latents(tokens, hidden[:, :, : k + 1].flatten(0, 1))
-        if latent is None or self.model.head.markov_w2 is None:
-            return None
-        return self.model.head.markov_w2(latent[:, -1]).view(*previous.shape, -1)
+    def logits(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """[B, A, V] at the last of the positions in hidden [B, A, k, H], of which each follows previous [B, A, k]."""
+        base: Tensor = self.model.base_logits(hidden[:, :, -1].to(self.lm_head.weight.dtype), self.lm_head).float()
+        latent, _ = self.model.head.latents(previous.flatten(0, 1), hidden.flatten(0, 1))
+        if latent is None:
+            return base
+        return base + self.model.head.markov_w2(latent[:, -1]).view_as(base)
+
+
+class ChainGuesser(BlockGuesser):
+    """EAGLE-3: its hidden states follow the text by themselves."""
+
+    def logits(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden[:, :, -1].to(self.lm_head.weight.dtype)).float()
+        if self.model.target_ids is None:
+            return logits
+        return logits.masked_fill(~self.model.t2d, float("-inf"))
 
 
 class LanguageModelGuesser:
@@ -156,16 +166,15 @@ def gumbel(prompt: int, length: int, vocab_size: int, seed: int) -> Tensor:
     return -torch.empty(length, vocab_size).exponential_(generator=generator).clamp_(min=1e-20).log()
 
 
-def measure(
+def matched_answers(
     target: Any,
     guessers: dict[str, Guesser],
     prompts: Sequence[list[int]],
     max_new: int,
     seed: int = 0,
     batch: int = 16,
-) -> dict[str, Outcome]:
-    """tau of each drafter on the same answers, temperature 1."""
-    accepted: dict[str, list[list[int]]] = {name: [] for name in guessers}
+) -> Iterator[tuple[str, Tensor, int]]:
+    """(drafter, matches [A, K], tokens written) of each prompt in turn: all drafters on the same answers, temperature 1."""
     for first in range(0, len(prompts), batch):
         chosen = prompts[first : first + batch]
         room = max_new + max(guesser.block_size for guesser in guessers.values()) + 1
@@ -180,8 +189,18 @@ def measure(
             for p, a in zip(chosen, answers, strict=True)
         ]
         for name, guesser in guessers.items():
-            matched = guesser.matches(texts, noise)
-            accepted[name] += [r for i, answer in enumerate(answers) if (r := walk(matched[i], len(answer)))]
+            for matched, answer in zip(guesser.matches(texts, noise), answers, strict=True):
+                yield name, matched, len(answer)
+
+
+def measure(
+    target: Any, guessers: dict[str, Guesser], prompts: Sequence[list[int]], max_new: int, seed: int = 0
+) -> dict[str, Outcome]:
+    """tau of each drafter on the same answers, temperature 1."""
+    accepted: dict[str, list[list[int]]] = {name: [] for name in guessers}
+    for name, matched, num_written in matched_answers(target, guessers, prompts, max_new, seed):
+        if rounds := walk(matched, num_written):
+            accepted[name].append(rounds)
     return {name: Outcome(rounds, guessers[name].block_size) for name, rounds in accepted.items()}
 
 
@@ -203,13 +222,17 @@ def held_out_prompts(
 
 
 def load_guesser(folder: Path, target: Any, dtype: torch.dtype, block_size: int) -> Guesser:
-    """A block drafter (by its config's block_size), or a causal LM."""
+    """A block drafter or EAGLE-3 (by its config's architecture), or a causal LM."""
     config = json.loads((folder / "config.json").read_text())
-    if "block_size" not in config:
+    [architecture] = config["architectures"]
+    if architecture not in MODELS:
         return LanguageModelGuesser(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), block_size)
-    model = BlockModel(BlockConfig.from_dict(config))
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
-    return BlockGuesser(model, target)
+    config_class, model_class = MODELS[architecture]
+    own: Any = config_class.from_dict(config)
+    model = model_class(own)
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in weights.items()})
+    return ChainGuesser(model, target) if isinstance(model, Eagle3Model) else BlockGuesser(model, target)
 
 
 def main() -> None:
