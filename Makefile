@@ -1,11 +1,12 @@
 # make demo   installs into .venv and shows speculative decoding on the embedded pair
 # make test   the same .venv with the tools of a developer: linter, types, tests
+# make monitoring-test   the alert rules: unit tests, then every fault on a real Prometheus (needs Debian's packages)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test monitoring-test clean
 
 demo: $(VENV)/installed
 	@echo
@@ -23,6 +24,12 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+monitoring-test: $(VENV)/installed-dev
+	promtool check rules monitoring/prometheus/rules.yml
+	promtool test rules monitoring/prometheus/rules_test.yml
+	amtool check-config monitoring/alertmanager/alertmanager.yml
+	$(BIN)/python monitoring/exercise.py
 
 # pip comes last when a virtual environment is made: without it, an earlier attempt was cut short.
 $(BIN)/pip:

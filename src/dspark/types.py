@@ -70,6 +70,7 @@ class SamplingParams:
     stop_token_ids       token ids that end it, besides the target's own end tokens
     ignore_eos           go on past the target's own end tokens
     seed                 same seed, same text, with and without speculation; None draws one
+    traffic_class        name of the kind of traffic it belongs to, for beliefs of its own; None shares everyone's
     logprobs             report the target's log-probabilities of the chosen and the n likeliest tokens; None reports none
     grammar              tokens that it excludes are never drawn; None excludes none
     """
@@ -89,6 +90,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     grammar: Grammar | None = None
+    traffic_class: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -283,6 +285,7 @@ class StepRecord:
     confidence: Tensor | None = None  # [B, K] as the drafter gave it
     survival: Tensor | None = None  # [B, K] as believed when the scheduler chose
     kept: Tensor | None = None
+    chosen: Tensor | None = None  # [B, K] the scheduler's own choice, where more was kept to learn from it
     accepted_nodes: Tensor | None = None
     parents: Tensor | None = None  # None: chains
     load: Load | None = None  # what the scheduler was told

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from dspark.drafters.tolerant import TolerantDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.worker import Worker
 from dspark.errors import QueueFull, ShuttingDown
@@ -179,15 +178,23 @@ class BrokenDrafter(OracleDrafter):
 def test_a_drafter_that_raises_costs_no_answer(target, started, caplog):
     settings = dict(temperature=1.0, seed=4, max_tokens=60)
     text = expected(target, PROMPTS[0], **settings)
-    broken = BrokenDrafter([PROMPTS[0] + text], num_good=2)
-    drafter = TolerantDrafter(broken, target, max_faults=2)
-    worker = started(Engine(target, drafter))
+    worker = started(Engine(target, BrokenDrafter([PROMPTS[0] + text], num_good=2)))
     with caplog.at_level(logging.ERROR):
-        for _ in range(4):
+        for _ in range(3):
             assert Caller(worker, PROMPTS[0], **settings).all() == (text, "length")
-    assert (drafter.num_faults, drafter.is_drafting, broken.num_calls) == (2, False, 4)
-    assert "a drafter's bug" in caplog.text
-    assert "switched off" in caplog.text
+    assert caplog.text.count("the drafter failed (a drafter's bug)") == 1
+    assert "in propose" in caplog.text  # where it was raised
+    assert worker.num_faults == 0
+
+
+def test_a_drafter_that_cannot_forget_costs_no_answer(target, started):
+    class Clinging(OracleDrafter):
+        def release(self, request_id):
+            raise KeyError(request_id)
+
+    text = expected(target, PROMPTS[0], temperature=0, max_tokens=30)
+    worker = started(Engine(target, Clinging([PROMPTS[0] + text])))
+    assert Caller(worker, PROMPTS[0], temperature=0, max_tokens=30).all() == (text, "length")
     assert worker.num_faults == 0
 
 
@@ -196,7 +203,7 @@ def test_a_drafter_that_recovers_drafts_for_the_next_request(target, started):
     text = expected(target, PROMPTS[0], **settings)
     broken = BrokenDrafter([PROMPTS[0] + text], num_good=0)
     records = []
-    worker = started(Engine(target, TolerantDrafter(broken, target)), on_finished=[records.append])
+    worker = started(Engine(target, broken), on_finished=[records.append])
     assert Caller(worker, PROMPTS[0], **settings).all()[0] == text
     assert broken.num_calls == 1  # what it missed of a request it cannot catch up on
     broken.num_good = 1000
@@ -205,16 +212,16 @@ def test_a_drafter_that_recovers_drafts_for_the_next_request(target, started):
     assert [sum(r.accepted for r in record.rounds) > 0 for record in records] == [False, True]
 
 
-def test_tokens_out_of_the_vocabulary_fail_their_step_only(target, started):
+def test_tokens_out_of_the_vocabulary_cost_drafts_and_no_answer(target, started):
     class Wild(OracleDrafter):
         def propose(self, requests, rule):
             draft = super().propose(requests, rule)
             return Draft(draft.tokens + 10_000, draft.sizes)
 
-    text = expected(target, PROMPTS[0], temperature=0, max_tokens=30)
-    worker = started(Engine(target, Wild([PROMPTS[0] + text], error=0.0)))
-    assert Caller(worker, PROMPTS[0], temperature=0, max_tokens=30).all()[1] == "error"
-    assert Caller(worker, PROMPTS[0], temperature=0, max_tokens=1).all() == (text[:1], "length")
+    text, records = expected(target, PROMPTS[0], temperature=0, max_tokens=30), []
+    worker = started(Engine(target, Wild([PROMPTS[0] + text], error=0.0), observers=[records.append]))
+    assert Caller(worker, PROMPTS[0], temperature=0, max_tokens=30).all() == (text, "length")
+    assert sum(r.num_faults for r in records) == 1
 
 
 def test_watchers_that_raise_cost_nothing(target, started, caplog):

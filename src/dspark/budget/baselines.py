@@ -15,6 +15,7 @@ class TokensPerBatch:
     """One length for all requests, from running acceptance and the cost of a step (SmartSpec, Liu et al. 2024)."""
 
     anticipates = False
+    heeds_beliefs = False
 
     def __init__(self, cost: StepCost) -> None:
         self.cost, self.running = cost, RawBeliefs()
@@ -43,6 +44,7 @@ class StartupTable:
     """
 
     anticipates = True
+    heeds_beliefs = False
 
     def __init__(self, cost: StepCost, context_tokens: int = 64) -> None:
         self.cost, self.context_tokens = cost, context_tokens

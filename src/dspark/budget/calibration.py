@@ -115,12 +115,16 @@ class Calibration:
 
     def apply(self, confidence: Tensor, depth: Tensor | None = None) -> Tensor:
         """Calibrated confidence [B, K]; depth [B, K] as in Draft.depth, None for chains."""
+        return torch.sigmoid(self.logits(confidence, depth))
+
+    def logits(self, confidence: Tensor, depth: Tensor | None = None) -> Tensor:
+        """The same as log-odds."""
         place = torch.arange(confidence.shape[1]) if depth is None else depth - 1
         place = place.clamp(max=len(self.temperatures) - 1)
         scaled = logit(confidence) / torch.tensor(self.temperatures, dtype=confidence.dtype)[place]
         if self.offsets:
             scaled = scaled + torch.tensor(self.offsets, dtype=confidence.dtype)[place]
-        return torch.sigmoid(scaled)
+        return scaled
 
     def save(self, path: Path) -> None:
         _write(path, {"format": _FORMAT, **dataclasses.asdict(self)})

@@ -48,6 +48,7 @@ class FixedLength:
     """Verify the first `length` tokens of every path, whatever the confidences."""
 
     anticipates = False
+    heeds_beliefs = False
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a chat JSONL file or a folder of them (all rows), or a training data folder (its held-out 2 %%)",
     )
     data.add_argument("--recipe", type=Path, help="TOML with sources: their domains and shares in a data folder")
-    data.add_argument("--shifted", type=Path, help="data of another kind, only judged")
+    data.add_argument("--shifted", type=Path, help="data of another kind, only judged, with a third as many questions")
     data.add_argument("--prompts", type=int, default=450, help="questions, half of them to fit (default 450)")
     data.add_argument("--max-prompt", type=int, default=288, help="longer questions are left out (default 288 tokens)")
     data.add_argument("--max-tokens", type=int, default=160, help="tokens per answer at most (default 160)")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         drafter = load_drafter(args.drafter, target)
     folder = _folder(args, drafter)
     started = time.perf_counter()
-    fitting, held_out = split(_collect(args, args.data, target, drafter), args.seed)
+    fitting, held_out = split(_collect(args, args.data, args.prompts, target, drafter), args.seed)
     fitted: dict[str, Calibration | None] = {
         "raw": None,
         "sts": fit_temperatures(fitting),
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     domains = sorted(set(held_out.domains))
     judged |= {domain: judge(held_out.of_domain(domain)) for domain in domains if len(domains) > 1}
     if args.shifted:
-        shifted = _collect(args, args.shifted, target, drafter)
+        shifted = _collect(args, args.shifted, max(2, args.prompts // 3), target, drafter)
         judged["shifted"] = judge(shifted)
         judged |= {f"shifted {d}": judge(shifted.of_domain(d)) for d in sorted(set(shifted.domains))}
 
@@ -160,7 +160,7 @@ def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
     return folder
 
 
-def _collect(args: argparse.Namespace, data: Path, target: Target, drafter: Drafter) -> Outcomes:
+def _collect(args: argparse.Namespace, data: Path, num: int, target: Target, drafter: Drafter) -> Outcomes:
     from dspark.engine.text import render_prompt
     from dspark.evaluate.outcomes import collect
     from dspark.train.held_out import choose, questions_of, sources_of
@@ -169,9 +169,9 @@ def _collect(args: argparse.Namespace, data: Path, target: Target, drafter: Draf
     sources = sources_of(args.recipe) if args.recipe and data == args.data else ()
     prompts: list[list[int]] = []
     domains: list[str] = []
-    for domain, question in choose(questions_of(data, sources, args.seed), 2 * args.prompts):
+    for domain, question in choose(questions_of(data, sources, args.seed), 2 * num):
         ids = render_prompt(target.tokenizer, question, raw=False)
-        if len(ids) <= args.max_prompt and len(prompts) < args.prompts:
+        if len(ids) <= args.max_prompt and len(prompts) < num:
             prompts.append(ids)
             domains.append(domain)
     if len(prompts) < 2:
@@ -193,8 +193,9 @@ def _write(
     calibrations[args.method].save(folder / FILE)
     calibrations["sts"].save_for_sglang(folder / SGLANG_FILE)
     picture = folder / "calibration.png"
+    shown = [name for name in ("held out", "shifted") if name in judged]  # domains are in the table
     try:
-        plot_reliability(picture, [(name, of["raw"], of[args.method]) for name, of in judged.items()])
+        plot_reliability(picture, [(n, judged[n]["raw"], judged[n][args.method]) for n in shown])
     except InvalidConfiguration as error:
         say(f"no diagrams: {error}")
         return [FILE, SGLANG_FILE]

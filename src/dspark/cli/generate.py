@@ -70,7 +70,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     speculation = parser.add_argument_group("speculation")
-    speculation.add_argument("--scheduler", default="fixed:7", help="how much is verified: fixed:7, threshold:0.6")
+    speculation.add_argument("--scheduler", default="fixed:7", help="how much is verified: auto, fixed:7, ...")
     speculation.add_argument(
         "--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule (default coupled)"
     )
@@ -110,15 +110,21 @@ def run(args: argparse.Namespace) -> int:
         with progress("compiling", args.no_color):
             engine.generate([prompt], replace(params, max_tokens=min(16, params.max_tokens)), raw=args.raw)
 
+    from dspark.budget.hindsight import Hindsight
+
+    engine.observers.append(hindsight := Hindsight(engine.capacity))
     streamed = _stream(engine, prompt, params, args)
+    engine.observers.remove(hindsight)
     if not args.json:
         legend = "; green: accepted draft tokens" if wants_colour(sys.stdout, args.no_color) else ""
         say(_closing_line(streamed) + legend)
+        if engine.drafter.length:
+            say(hindsight.line())
     comparison = None
     if args.compare and not streamed.interrupted:
         comparison = _compare(engine, prompt, params, args, streamed.generation.seed)
     if args.json:
-        print(json.dumps(_as_json(streamed, comparison)))
+        print(json.dumps(_as_json(streamed, comparison) | {"scheduling": hindsight.as_json()}))
     elif comparison:
         _report(comparison, engine, args)
     return 130 if streamed.interrupted else 0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, chat, convert, data, doctor, generate, info, serve, train, verify_lossless
+from dspark.cli import calibrate, chat, convert, data, doctor, generate, info, profile, serve, train, verify_lossless
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", doctor),
         ("data", data),
         ("train", train),
+        ("profile", profile),
         ("calibrate", calibrate),
         ("serve", serve),
         ("chat", chat),

@@ -153,7 +153,6 @@ def _engine(args: argparse.Namespace) -> Engine:
     import torch
 
     from dspark import Engine, load_drafter
-    from dspark.drafters.tolerant import TolerantDrafter
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -164,7 +163,7 @@ def _engine(args: argparse.Namespace) -> Engine:
     options = {"scheduler": args.scheduler} if args.scheduler else {}
     engine = Engine(
         target,
-        TolerantDrafter(drafter, target),
+        drafter,
         rule=args.rule,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -31,8 +31,10 @@ class Drafting:
 
     def propose(self, record: StepRecord, decoding: Sequence[Request], with_room: Sequence[int]) -> Draft:
         """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
+        if not self.drafter.length:
+            return Draft.empty(len(decoding))
         rows = [b for b in with_room if decoding[b].id not in self._failed]
-        if self.guard is not None and rows and self.drafter.length:
+        if self.guard is not None and rows:
             assert record.load is not None
             chosen = self.guard.choose([decoding[b].id for b in rows], record.load)
             if len(chosen) < len(rows):
@@ -59,7 +61,7 @@ class Drafting:
 
     def forget(self, request: Request) -> None:
         """The request has ended, or must be read again from the start."""
-        self.drafter.release(request.id)
+        self._release(request)
         self._failed.discard(request.id)
         request.features, request.features_start = None, 0
         request.feature_pieces.clear()
@@ -67,27 +69,37 @@ class Drafting:
     def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
         try:
             draft = self.drafter.propose(asked, self.rule).on_host()
-            fault = _nonsense(draft, len(asked), self.target.vocab_size)
+            fault: Exception | str | None = _nonsense(draft, len(asked), self.target.vocab_size)
         except AssertionError:
             raise  # a broken invariant is a bug to be seen
         except Exception as error:  # noqa: BLE001  # whatever a drafter, a user's own file included, may raise
-            fault = f"{type(error).__name__}: {error}"
+            fault = error
         if fault is None:
             assert draft.tokens.shape[1] <= self.drafter.length, (
                 "a drafter proposed more than its `length`, which counts slots"
             )
             return draft
         record.num_faults += len(asked)
-        if not self._has_logged:
-            log.error("the drafter failed (%s); its requests go on without drafts", fault)
-            self._has_logged = True
+        self._log_once(fault)
         for request in asked:
-            self.drafter.release(request.id)
+            self._release(request)
             self._failed.add(request.id)
             # A drafter that writes into the target's cache may have been cut short before it tidied up.
             if self.target.cache.length(request.id) > request.num_cached:
                 self.target.keep(request.id, request.num_cached, ())
         return Draft.empty(len(asked))
+
+    def _release(self, request: Request) -> None:
+        try:
+            self.drafter.release(request.id)
+        except Exception as error:  # noqa: BLE001  # a request that ends well is not undone by its drafter
+            self._log_once(error)
+
+    def _log_once(self, fault: Exception | str) -> None:
+        if not self._has_logged:
+            raised = fault if isinstance(fault, Exception) else None
+            log.error("the drafter failed (%s); its requests go on without drafts", fault, exc_info=raised)
+            self._has_logged = True
 
     def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> None:
         """Have the drafter read what has piled up for requests that it is not asked about."""

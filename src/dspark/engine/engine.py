@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.budget.capacity import Capacity
+from dspark.budget.capacity import Capacity, Fingerprint, usual_path
 from dspark.budget.guard import Guard
 from dspark.budget.prefix_scheduler import falling_survival
 from dspark.budget.raw_beliefs import RawBeliefs
@@ -22,7 +22,7 @@ from dspark.budget.schedulers import AUTO, make_scheduler
 from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
 from dspark.engine.drafting import Drafting
-from dspark.engine.machine import fingerprint
+from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, render_prompt
 from dspark.errors import InvalidConfiguration, InvalidRequest
@@ -53,9 +53,11 @@ class Engine:
 
     target, drafter     from `load_target` and `load_drafter`; no drafter is plain decoding
     scheduler           which draft tokens are verified: `auto`, `fixed:7`, … (budget/schedulers.py), or an object
-    capacity            what steps cost, as far as it is known; every step refines it. None: learned from the first steps
+    capacity            what steps cost, as far as it is known; every step refines it. None: what `dspark profile` kept
+                        for such an engine, else learned from the first steps
     guard               leaves out drafts that do not pay; None: `auto` brings one, the others draft always
-    beliefs             how likely draft tokens are to survive; None: the drafter's confidences, or running acceptance
+    beliefs             how likely draft tokens are to survive; None: the drafter's calibrated confidences, kept
+                        true while serving; its own word where the scheduler does not listen
     rule                `coupled`: same seed, same text, with and without speculation. `rejection`: the paper's rule
     max_num_seqs        requests decoded together at most
     max_num_batched_tokens  prompts are read in chunks that fill a step up to this many tokens
@@ -82,9 +84,14 @@ class Engine:
     ) -> None:
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
-        self.beliefs = RawBeliefs() if beliefs is None else beliefs
-        self.capacity = Capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
+        self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
         self.scheduler = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
+        heeds_beliefs = getattr(self.scheduler, "heeds_beliefs", True)
+        if beliefs is None:  # nobody waits for what nobody heeds
+            beliefs = live_beliefs(target, self.drafter) if heeds_beliefs else RawBeliefs()
+        self.beliefs = beliefs
+        # A length that the user fixed is never exceeded.
+        self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
         self._learners: list[Any] = [
@@ -267,6 +274,10 @@ class Engine:
             room = [self._room(r) - 1 for r in decoding]
             if min(room, default=0) < draft.tokens.shape[1]:
                 keep = keep & (draft.depth <= torch.tensor(room)[:, None])
+            if self._explores:
+                whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
+                record.chosen = keep
+                keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
             record.predicted_accepted = float((record.survival * keep).sum())
             record.num_tokens += int(keep.sum())
         if self.capacity.is_known and record.num_tokens:
@@ -379,6 +390,11 @@ class Engine:
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
         record.parents = None if draft.parents is None else draft.parents[:n]
         record.kept, record.accepted_nodes = keep[:n], accepted[:n]
+
+
+def _known_capacity(about: Fingerprint) -> Capacity:
+    """What `dspark profile` has measured of such an engine, or nothing yet."""
+    return Capacity.load_or_new(usual_path(about), about)
 
 
 def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:

@@ -1,4 +1,4 @@
-"""What measured seconds are true of: this hardware, these models, these versions."""
+"""What measurements are true of: seconds of this hardware, these models and versions; beliefs of these models alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,37 @@ from pathlib import Path
 
 import torch
 
+from dspark.budget import calibration
+from dspark.budget.beliefs import LiveBeliefs
 from dspark.target.target import Target
 from dspark.types import Drafter
 
 
 def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str, str]:
     """Seconds measured under one fingerprint mean nothing under another."""
-    facts = [(name, value) for name, value in target.config.to_dict().items() if not name.startswith("_")]
-    shape = hashlib.sha256(str(sorted(facts, key=str)).encode()).hexdigest()[:8]
     return {
         "hardware": _hardware(target.device),
         "threads": str(torch.get_num_threads()) if target.device.type == "cpu" else "-",
-        "target": f"{target.name} {target.num_parameters} {shape}",
+        "target": _model(target),
         "drafter": f"{type(drafter).__name__} {drafter.length} {list(drafter.feature_layers)}",
         "dtype": str(target.dtype).removeprefix("torch."),
         "compiled": str(is_compiled),
         "torch": torch.__version__,
     }
+
+
+def live_beliefs(target: Target, drafter: Drafter) -> LiveBeliefs:
+    """Beliefs about this pair that start from the drafter's own calibration, if it has one."""
+    folder: Path | None = getattr(drafter, "folder", None)
+    weights = f"{type(drafter).__name__} {drafter.length}" if folder is None else calibration.fingerprint(folder)
+    identity = hashlib.sha256(f"{_model(target)} {weights}".encode()).hexdigest()[:16]
+    return LiveBeliefs(getattr(drafter, "calibration", None), max(1, drafter.length), identity=identity)
+
+
+def _model(target: Target) -> str:
+    facts = [(name, value) for name, value in target.config.to_dict().items() if not name.startswith("_")]
+    shape = hashlib.sha256(str(sorted(facts, key=str)).encode()).hexdigest()[:8]
+    return f"{target.name} {target.num_parameters} {shape}"
 
 
 def _hardware(device: torch.device) -> str:

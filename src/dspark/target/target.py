@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import InvalidConfiguration, OutOfSlots
-from dspark.target import attention
+from dspark.target import attention, native
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
@@ -153,6 +153,8 @@ class Target:
             return True
         assert not self.cache.request_ids, "compile before the first request"
         start = time.perf_counter()
+        if self.device.type == "cpu":
+            native.load()
         try:
             self.extend([Span(-1, 0, (0, 0, 0))], feature_layers)
             self._compiled[feature_layers] = CompiledForward(self.model, self.layers, self.cache, feature_layers)

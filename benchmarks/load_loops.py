@@ -1,0 +1,123 @@
+"""Work for one engine: requests that are always as many (closed loop), or that come when they come (open loop)."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspark import Engine, SamplingParams
+from dspark.types import Request, StepRecord
+
+
+@dataclass
+class Slice:
+    """One policy at work for a while. Seconds are those of its steps; prompts that are read in between are among them."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    asked: int = 0
+    decoded: int = 0  # requests in all steps together
+    verified: int = 0
+    accepted: int = 0
+    predicted_accepted: float = 0.0
+    cost_error: list[float] = field(default_factory=list)  # |predicted - measured| / measured of every step
+    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, record: StepRecord, num_committed: int) -> None:
+        self.seconds += record.step_seconds + record.draft_seconds
+        self.tokens += num_committed
+        self.steps += 1
+        self.asked += record.num_asked
+        self.decoded += len(record.request_ids)
+        self.verified += sum(record.verified)
+        self.accepted += sum(record.accepted)
+        self.predicted_accepted += record.predicted_accepted
+        if record.predicted_seconds > 0:
+            self.cost_error.append(abs(record.predicted_seconds / record.step_seconds - 1))
+        for phase, seconds in record.seconds.items():
+            self.phases[phase] += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass
+class Workload:
+    """Endless requests: every policy is given the same ones in the same order."""
+
+    prompts: Sequence[Sequence[int]]
+    seed: int
+    shortest: int
+    longest: int
+    count: int = 0
+
+    def next(self) -> tuple[list[int], SamplingParams]:
+        rng = random.Random(self.seed * 100_003 + self.count)
+        prompt = list(self.prompts[(self.seed + self.count) % len(self.prompts)])
+        self.count += 1
+        num_tokens = rng.randint(self.shortest, self.longest)
+        params = SamplingParams(
+            temperature=float(self.count % 2), max_tokens=num_tokens, ignore_eos=True, seed=rng.randrange(2**31)
+        )
+        return prompt, params
+
+
+def closed_loop(engine: Engine, workload: Workload, num_requests: int, num_tokens: int) -> Slice:
+    """Keep so many requests running until they have committed num_tokens, counted once the first prompts are read."""
+    requests = [engine.submit(*workload.next()) for _ in range(num_requests)]
+    while any(not r.generated for r in requests):
+        engine.step()
+    measured = Slice()
+    while measured.tokens < num_tokens:
+        before = _num_generated(requests)
+        record = engine.step()
+        measured.add(record, _num_generated(requests) - before)
+        requests = [r if r.finish_reason is None else engine.submit(*workload.next()) for r in requests]
+    for request in requests:
+        engine.cancel(request)
+    return measured
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request of an open loop; seconds since it came."""
+
+    num_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+
+def open_loop(engine: Engine, workload: Workload, per_second: float, seconds: float) -> list[Served]:
+    """Requests at Poisson arrivals for so many seconds, then until all are served."""
+    rng = random.Random(workload.seed)
+    start, due, running, served = time.perf_counter(), 0.0, dict[int, tuple[float, Request]](), list[Served]()
+    first: dict[int, float] = {}
+    while True:
+        now = time.perf_counter() - start
+        while due <= now and due < seconds:
+            request = engine.submit(*workload.next())
+            running[request.id] = (due, request)
+            due += rng.expovariate(per_second)
+        if not running and due >= seconds:
+            return served
+        if not engine.has_work:
+            time.sleep(min(0.001, max(0.0, due - now)))
+            continue
+        engine.step()
+        now = time.perf_counter() - start
+        for request_id, (came, request) in list(running.items()):
+            if request.generated and request_id not in first:
+                first[request_id] = now - came
+            if request.finish_reason is not None:
+                served.append(Served(len(request.generated), first[request_id], now - came))
+                del running[request_id]
+
+
+def _num_generated(requests: Sequence[Any]) -> int:
+    return sum(len(r.tokens) - r.num_prompt_tokens for r in requests)

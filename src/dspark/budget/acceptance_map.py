@@ -1,0 +1,130 @@
+"""From what is stated of a draft token to P(accepted | ancestors accepted): a logistic map per position.
+
+It looks at the confidence, at those of the token's ancestors, and at how the request has fared so far; never at the token
+itself or at later ones, so no choice that is made with it anticipates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dspark.budget.calibration import Calibration, logit
+from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
+from dspark.budget.prefix_scheduler import along_paths
+from dspark.types import Draft, Request
+
+_LOGIT_LIMIT = 8.0
+_UNSTATED = 2.0  # the logit that stands in for a confidence nobody gave: optimistic, or the drafter is never tried
+_SHARED = 4  # coefficients for all positions: logit, the request's own record, offset, ancestors' mean logit
+_FLATTEST = 0.05  # slope: a higher confidence never means less
+_PRIOR_EVIDENCE = 4.0  # how much evidence a request needs before its own record counts half
+_RECORD_FADE = 0.97  # a round
+_MOST_RECORDS = 4096
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is known of draft tokens before they are judged.
+
+    logits     [B, K]  log-odds of the confidences, calibrated offline if that was done
+    ancestors  [B, K]  mean of the logits of each token's ancestors, 0 at the first: difficulty carries over
+    place      [B, K]  position from 0, no deeper than there are beliefs about
+    own        [B, 1]  how each request has fared beside others, in log-odds
+    """
+
+    logits: Array
+    ancestors: Array
+    place: NDArray[np.int64]
+    own: Array
+
+
+class AcceptanceMap:
+    """The map as a logistic regression: `learner` holds its coefficients. Positions share most of what is learned."""
+
+    def __init__(self, calibration: Calibration | None, num_positions: int) -> None:
+        self.calibration, self.num_positions = calibration, num_positions
+
+    def learner(self, memory: float) -> OnlineLogistic:
+        """Before anything is learned: the confidence as it is."""
+        k = self.num_positions
+        prior = np.zeros(_SHARED + 2 * k)
+        prior[0] = 1.0
+        spread = np.array([0.7, 0.5, 1.0, 0.3, *[0.25] * k, *[0.4] * k])
+        low = np.array([0.2, 0.0, -5.0, -1.0, *[-0.5] * k, *[-2.0] * k])
+        high = np.array([4.0, 2.0, 5.0, 1.0, *[0.5] * k, *[2.0] * k])
+        return OnlineLogistic(prior, spread**-2, np.stack([low, high]), memory)
+
+    def read(self, draft: Draft, own: Array) -> Stated:
+        """What the draft says of itself, and own [B, 1]."""
+        shape = tuple(draft.tokens.shape)
+        depth = torch.arange(1, shape[1] + 1) if draft.parents is None else draft.depth
+        place = np.broadcast_to(np.minimum(depth.numpy() - 1, self.num_positions - 1), shape)
+        if draft.confidence is None:
+            return Stated(np.full(shape, _UNSTATED), np.zeros(shape), place, own)
+        if self.calibration is None:
+            logits = logit(draft.confidence)
+        else:
+            logits = self.calibration.logits(draft.confidence, None if draft.parents is None else depth)
+        logits = logits.double().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+        if draft.parents is None:
+            total = logits.cumsum(1)
+        else:
+            total = along_paths(draft, logits.new_zeros(len(logits)), lambda before, k: before + logits[:, k])
+        ancestors = (total - logits) / (depth - 1).clamp_min(1)
+        return Stated(logits.numpy(), ancestors.numpy(), place, own)
+
+    def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int]) -> Array:
+        """[len(rows), K]  P(accepted | ancestors accepted) of these requests' tokens."""
+        slopes, offsets, own_share, ancestor_share = self.tables(learner)
+        place = stated.place[rows]
+        scores = slopes[place] * stated.logits[rows] + offsets[place]
+        return sigmoid(scores + own_share * stated.own[rows] + ancestor_share * stated.ancestors[rows])
+
+    def features(self, stated: Stated, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
+        """[N, D] such that features · coefficients are the log-odds of these tokens."""
+        k, place = self.num_positions, stated.place[rows, columns]
+        x, logits, index = np.zeros((len(rows), _SHARED + 2 * k)), stated.logits[rows, columns], np.arange(len(rows))
+        x[:, 0], x[:, 1], x[:, 2] = logits, stated.own[rows, 0], 1.0
+        x[:, 3] = stated.ancestors[rows, columns]
+        x[index, _SHARED + place], x[index, _SHARED + k + place] = logits, 1.0
+        return x
+
+    def tables(self, learner: OnlineLogistic) -> tuple[Array, Array, float, float]:
+        """Slopes and offsets by position, and what a request's own record and the ancestors count."""
+        c, k = learner.coefficients, self.num_positions
+        slopes = np.maximum(c[0] + c[_SHARED : _SHARED + k], _FLATTEST)
+        return slopes, c[2] + c[_SHARED + k :], float(c[1]), float(c[3])
+
+
+class OwnRecords:
+    """How each request fares beside what is believed of all: a running step towards an offset of its own."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, tuple[float, float]] = {}  # request -> (sum of y - p, sum of p (1 - p)), fading
+
+    def offsets(self, requests: Sequence[Request]) -> Array:
+        """[B, 1]  log-odds; 0 of a request that nothing is known of."""
+        found = (self._records.get(request.id, (0.0, 0.0)) for request in requests)
+        values = (miss / (evidence + _PRIOR_EVIDENCE) for miss, evidence in found)
+        return np.fromiter(values, np.float64, len(requests))[:, None]
+
+    def note(
+        self, requests: Sequence[Request], own: Array, rows: NDArray[np.int64], believed: Array, happened: Array
+    ) -> None:
+        """Judged tokens [N], those of request rows[n]; own are the offsets that `believed` counted in."""
+        misses = np.bincount(rows, happened - believed, len(requests)).tolist()
+        evidence = np.bincount(rows, believed * (1 - believed), len(requests)).tolist()
+        for request, offset, miss, e in zip(requests, own[:, 0].tolist(), misses, evidence, strict=True):
+            if request.finish_reason is not None:
+                self._records.pop(request.id, None)
+            elif e:
+                a, b = self._records.get(request.id, (0.0, 0.0))
+                # Missed although an offset of its own was counted in: what that explained is added back.
+                self._records[request.id] = (_RECORD_FADE * a + miss + e * offset, _RECORD_FADE * b + e)
+        for request_id in list(self._records)[: max(0, len(self._records) - _MOST_RECORDS)]:
+            del self._records[request_id]  # the oldest: a cancelled request is not seen again

@@ -1,0 +1,276 @@
+"""What is believed of a draft, kept true while serving.
+
+It is right under censoring: only tokens that were verified, and whose ancestors were all accepted, are labels. A small
+share of drafts is verified whole; there, tokens that the scheduler would have left out weigh more (inverse propensity),
+because they stand for many that nobody looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark.budget.acceptance_map import AcceptanceMap, OwnRecords, Stated
+from dspark.budget.calibration import Calibration
+from dspark.budget.online_logistic import Array, OnlineLogistic
+from dspark.budget.prefix_scheduler import parent_survival, survival_of
+from dspark.budget.running_error import RunningError
+from dspark.errors import CheckpointError
+from dspark.types import Draft, Request, StepRecord
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_EVERYONE = ""  # all traffic, whatever its class
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """How beliefs are learned while serving.
+
+    memory              rounds (drafts decided) after which an outcome weighs 1/e; after a drift alarm far fewer
+    full_share          of drafts, those that are verified whole whatever the scheduler chose
+    most_weight         of one label, however unlikely it was to be seen
+    rounds_per_update   outcomes are collected until there are so many
+    most_classes        classes of traffic with beliefs of their own; later ones share everyone's
+    """
+
+    memory: float = 3000.0
+    full_share: float = 0.004
+    most_weight: float = 25.0
+    rounds_per_update: int = 16
+    most_classes: int = 16
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was believed of a draft, until its outcome is known."""
+
+    requests: list[Request]
+    num_tokens: list[int]
+    classes: list[str]
+    stated: Stated
+    believed: Array  # [B, K]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """N draft tokens that were verified and reached; rounds has the class of each draft."""
+
+    features: Array
+    happened: Array
+    weights: Array
+    classes: NDArray[Any]
+    rounds: list[str]
+
+
+class LiveBeliefs:
+    """Beliefs that learn from every step.
+
+    calibration   of the drafter's confidences: where learning starts, and where positions without outcomes stay
+    num_positions deeper ones share the last one's beliefs
+    identity      of target and drafter; saved beliefs about others are refused
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration | None = None,
+        num_positions: int = 8,
+        settings: LiveSettings | None = None,
+        identity: str = "",
+        seed: int = 0,
+    ) -> None:
+        self.settings, self.identity = settings or LiveSettings(), identity
+        self.map = AcceptanceMap(calibration, num_positions)
+        self.classes: dict[str, OnlineLogistic] = {_EVERYONE: self.map.learner(self.settings.memory)}
+        self.num_full = 0
+        self.running_error = RunningError(num_positions)
+        self._own = OwnRecords()
+        self._random = np.random.default_rng(seed)
+        self._asked: _Asked | None = None
+        self._waiting: list[_Labels] = []
+        self._sum_weights = self._sum_squares = 0.0
+        self._logged_at: dict[str, float] = {}  # class -> its rounds at the last alarm
+        self._has_warned = False
+
+    # -- what the engine asks -------------------------------------------------------------------------------------------
+
+    def survival(self, draft: Draft, requests: Sequence[Request]) -> Tensor:
+        """[B, K]  P(token and all its ancestors are accepted); entry k depends on tokens before k only."""
+        stated = self.map.read(draft, self._own.offsets(requests))
+        classes = [self._class_of(r) for r in requests]
+        believed = np.empty(stated.logits.shape)
+        for name in dict.fromkeys(classes):
+            rows = [b for b, other in enumerate(classes) if other == name]
+            believed[rows] = self.map.apply(self.classes[name], stated, rows)
+        self._asked = _Asked(list(requests), [len(r.tokens) for r in requests], classes, stated, believed)
+        return survival_of(draft, torch.from_numpy(believed))
+
+    def wants_whole(self, num_requests: int) -> Tensor:
+        """[B] drafts to verify whole, drawn at random: what they tell is bent by nobody's choice."""
+        return torch.from_numpy(self._random.random(num_requests) < self.settings.full_share)
+
+    def observe(self, record: StepRecord) -> None:
+        """Note what came of the draft that was asked about last."""
+        asked, self._asked = self._asked, None
+        if asked is None or record.kept is None or record.accepted_nodes is None:
+            return
+        if record.request_ids != [r.id for r in asked.requests] or not record.kept.shape[1]:
+            return
+        labels = self._labels(asked, record, record.kept, record.accepted_nodes)
+        if labels is not None:
+            self._waiting.append(labels)
+        if sum(len(labels.rounds) for labels in self._waiting) >= self.settings.rounds_per_update:
+            self.learn_waiting()
+
+    # -- learning -------------------------------------------------------------------------------------------------------
+
+    def learn_waiting(self) -> None:
+        """Take in the outcomes that have been collected."""
+        if not self._waiting:
+            return
+        x, y, w = (np.concatenate([getattr(n, f) for n in self._waiting]) for f in ("features", "happened", "weights"))
+        classes = np.concatenate([n.classes for n in self._waiting])
+        rounds = [name for n in self._waiting for name in n.rounds]
+        self._waiting.clear()
+        w = w * self._fair_share(w)
+        for name in dict.fromkeys((_EVERYONE, *rounds)):
+            rows = np.ones(len(y), bool) if name == _EVERYONE else classes == name
+            num_rounds = len(rounds) if name == _EVERYONE else rounds.count(name)
+            if self.classes[name].learn(x[rows], y[rows], w[rows], num_rounds):
+                self._log_alarm(name)
+
+    def _log_alarm(self, name: str) -> None:
+        """One line for each excursion, however many alarms it takes to follow it."""
+        learner = self.classes[name]
+        if learner.num_rounds > self._logged_at.get(name, -np.inf) + self.settings.memory:
+            log.warning(
+                "traffic%s has changed: recent drafts fare other than believed, by %.1f standard deviations; learning anew",
+                f" of class {name!r}" if name else "",
+                learner.drift_at_alarm,
+            )
+        self._logged_at[name] = learner.num_rounds
+
+    def _labels(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Labels | None:
+        before = parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()) > 0
+        seen = (kept & before).numpy()
+        for b, request in enumerate(asked.requests):
+            if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
+                seen[b] &= asked.stated.place[b] < len(request.tokens) - asked.num_tokens[b]
+        rows, columns = np.nonzero(seen)
+        happened, believed = accepted.numpy()[rows, columns].astype(np.float64), asked.believed[rows, columns]
+        self._own.note(asked.requests, asked.stated.own, rows, believed, happened)
+        if not len(rows):
+            return None
+        weights = np.ones(len(rows))
+        if record.chosen is not None:
+            weights[~record.chosen.numpy()[rows, columns]] = self._weight_if_drawn
+            self.num_full += int((record.chosen != kept).any(1).sum())
+        self.running_error.add(asked.stated.place[rows, columns], believed, happened)
+        features = self.map.features(asked.stated, rows, columns)
+        classes = np.array([asked.classes[b] for b in rows], dtype=object)
+        return _Labels(features, happened, weights, classes, [asked.classes[b] for b in sorted({*rows.tolist()})])
+
+    @property
+    def _weight_if_drawn(self) -> float:
+        """Of a token that only the draw had verified: it stands for all those that were not drawn."""
+        return 1 / max(self.settings.full_share, 1 / self.settings.most_weight)
+
+    def _fair_share(self, weights: Array) -> float:
+        """Scale weights so that labels count as many as they tell (Kish's effective size), not as they stand for."""
+        kept = np.exp(-len(weights) / self.settings.memory)
+        self._sum_weights = kept * self._sum_weights + float(weights.sum())
+        self._sum_squares = kept * self._sum_squares + float((weights**2).sum())
+        return self._sum_weights / self._sum_squares
+
+    def _class_of(self, request: Request) -> str:
+        name = request.params.traffic_class or _EVERYONE
+        if name in self.classes:
+            return name
+        if len(self.classes) > self.settings.most_classes:
+            if not self._has_warned:
+                log.warning("more than %d traffic classes: further ones share beliefs", self.settings.most_classes)
+                self._has_warned = True
+            return _EVERYONE
+        # A class starts from what is known of all traffic.
+        known = self.classes[_EVERYONE].coefficients.copy()
+        self.classes[name] = replace(self.map.learner(self.settings.memory), prior=known)
+        return name
+
+    # -- what people see, and what survives a restart -------------------------------------------------------------------
+
+    @property
+    def drift(self) -> float:
+        """By how many standard deviations recent outcomes miss what was believed, over all traffic."""
+        return self.classes[_EVERYONE].drift
+
+    @property
+    def num_alarms(self) -> int:
+        """How often all traffic has been found changed."""
+        return self.classes[_EVERYONE].num_alarms
+
+    def summary(self) -> dict[str, Any]:
+        """How well beliefs hold and where they stand, by position and by class of traffic."""
+        return {
+            "drift": self.drift,
+            "whole_drafts": self.num_full,
+            "judged_tokens": self.running_error.num_tokens,
+            "calibration_error": self.running_error.errors,
+            "bias": self.running_error.biases,
+            "classes": {name or "everyone": self._class_summary(learner) for name, learner in self.classes.items()},
+        }
+
+    def _class_summary(self, learner: OnlineLogistic) -> dict[str, Any]:
+        slopes, offsets, own_share, ancestor_share = self.map.tables(learner)
+        return {
+            "rounds": learner.num_rounds,
+            "drift": learner.drift,
+            "alarms": learner.num_alarms,
+            "temperatures": (1 / slopes).tolist(),  # on top of the offline calibration
+            "offsets": offsets.tolist(),
+            "own_record": own_share,
+            "ancestors": ancestor_share,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write what was learned, so that a restart goes on from it."""
+        self.learn_waiting()
+        content = {
+            "format": _FORMAT,
+            "identity": self.identity,
+            "num_positions": self.map.num_positions,
+            "classes": {name: learner.to_json() for name, learner in self.classes.items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved file; nothing changes if it cannot be used."""
+        known = {"format": _FORMAT, "identity": self.identity, "num_positions": self.map.num_positions}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for key, expected in known.items():
+                if content[key] != expected:
+                    raise ValueError(f"{key} is {content[key]!r}, expected {expected!r}")
+            learners = {name: self.map.learner(self.settings.memory) for name in content["classes"]}
+            for name, learner in learners.items():
+                learner.restore(content["classes"][name])
+            if _EVERYONE not in learners:
+                raise ValueError("no beliefs about all traffic")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} holds no beliefs about this target and drafter ({type(error).__name__}: {error}): delete it, and "
+                "they are learned anew"
+            ) from error
+        self.classes = learners

@@ -1,0 +1,100 @@
+"""How well was it chosen? Promises against what came of them, summed over steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dspark.budget.capacity import Capacity
+from dspark.types import StepRecord
+
+
+@dataclass
+class Hindsight:
+    """An observer of steps that decode.
+
+    Regret compares with who had known what the target accepts: that one verifies exactly the accepted tokens, or does
+    not draft where plain decoding is faster. Both sides are priced by what the capacity believes, so that a step that
+    happened to be slow is nobody's fault. Nobody can have no regret: what is drafted is paid for before it is known.
+    """
+
+    capacity: Capacity
+    num_steps: int = 0
+    verified: int = 0
+    accepted: int = 0
+    predicted_accepted: float = 0.0
+    predicted_seconds: float = 0.0
+    seconds: float = 0.0  # of the steps with a prediction, drafting left out
+    scheduling_seconds: float = 0.0
+    all_seconds: float = 0.0
+    skipped: Counter[str] = field(default_factory=Counter)
+    num_faults: int = 0
+    chosen: float = 0.0  # believed seconds of what was chosen
+    best: float = 0.0  # and of as many tokens in hindsight
+
+    def __call__(self, record: StepRecord) -> None:
+        if not record.request_ids:
+            return
+        self.num_steps += 1
+        self.verified += sum(record.verified)
+        self.accepted += sum(record.accepted)
+        self.predicted_accepted += record.predicted_accepted
+        if record.predicted_seconds > 0:
+            self.predicted_seconds += record.predicted_seconds
+            self.seconds += record.step_seconds
+        self.scheduling_seconds += record.seconds.get("schedule", 0.0)
+        self.all_seconds += sum(record.seconds.values())
+        if record.skip_reason is not None:
+            self.skipped[record.skip_reason] += record.num_skipped
+        self.num_faults += record.num_faults
+        self._compare(record)
+
+    def _compare(self, record: StepRecord) -> None:
+        load = record.load
+        if load is None or load.num_prompt_tokens or not self.capacity.is_known:
+            return
+        num_requests, accepted = len(record.request_ids), sum(record.accepted)
+        sizes = np.array([num_requests, num_requests + accepted, record.num_tokens])
+        plain, exact, real = self.capacity.seconds(sizes, load.num_requests, load.context_tokens)
+        drafting = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
+        self.chosen += real + drafting
+        # Seconds for as many tokens: with the draft that was made, or in plain steps.
+        self.best += min(exact + drafting, plain * (num_requests + accepted) / num_requests)
+
+    @property
+    def regret(self) -> float:
+        """Share of the time that perfect knowledge would have saved."""
+        return 1 - self.best / self.chosen if self.chosen else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "steps": self.num_steps,
+            "verified": self.verified,
+            "accepted": self.accepted,
+            "wasted": self.verified - self.accepted,
+            "predicted_accepted": round(self.predicted_accepted, 2),
+            "seconds": self.seconds,
+            "predicted_seconds": self.predicted_seconds,
+            "scheduling_share": self.scheduling_seconds / self.all_seconds if self.all_seconds else 0.0,
+            "skipped_drafts": dict(self.skipped),
+            "faults": self.num_faults,
+            "regret": round(self.regret, 4),
+        }
+
+    def line(self) -> str:
+        """For people, after the text."""
+        if not self.verified and not self.skipped:
+            return "no draft token was verified"
+        parts = [f"{self.verified / max(1, self.num_steps):.1f} draft tokens verified per step"]
+        parts.append(f"{self.accepted} accepted of {self.predicted_accepted:.0f} promised")
+        if self.seconds:
+            parts.append(f"steps took {self.seconds / self.predicted_seconds - 1:+.0%} against prediction")
+        if self.skipped:
+            parts.append("drafts skipped: " + ", ".join(f"{n} ({why})" for why, n in self.skipped.most_common()))
+        if self.num_faults:
+            parts.append(f"{self.num_faults} lost to drafter faults")
+        parts.append(f"regret {self.regret:.0%}")
+        return ", ".join(parts)

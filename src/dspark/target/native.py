@@ -1,0 +1,91 @@
+"""The C++ kernel for attention on CPU: built once per machine with the compiler that torch.compile needs anyway."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).parent / "csrc" / "slot_attention.cpp"
+_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-attributes"]
+
+attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
+
+
+@cache
+def load() -> bool:
+    """Make `attend_slots` available, compiling it if this machine has not yet (about ten seconds). Whether it worked."""
+    global attend_slots
+    try:
+        torch.ops.load_library(_build())
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        _log.warning("attention runs without its C++ kernel: %s", reason.strip().splitlines()[-1])
+        return False
+    torch.library.register_fake("dspark::attend_slots", _shape)
+    attend_slots = torch.ops.dspark.attend_slots
+    return True
+
+
+def _build() -> Path:
+    """The library's path; its name says what it was made from, so another torch, compiler or processor has its own."""
+    compiler = os.environ.get("CXX", "g++")
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = [_SOURCE.read_text(), *_FLAGS, abi, torch.__version__, version, _processor()]
+    path = _folder() / f"slot_attention-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # two processes may build at once: the rename is atomic
+        built = Path(folder) / path.name
+        command = [*shlex.split(compiler), *_FLAGS, abi, *include, str(_SOURCE), "-o", str(built), *link]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        built.rename(path)
+    return path
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _shape(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    inside: Tensor | None,
+    rows: Tensor | None,
+    back: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    count = positions.shape[0] * positions.shape[1] if back is None else back.shape[0]
+    return query.new_empty(count, query.shape[1], values.shape[2])
