@@ -82,8 +82,10 @@ class Capacity:
         os.replace(file.name, path)
 
     @classmethod
-    def load(cls, path: Path, fingerprint: Fingerprint) -> Capacity:
-        """What `save` wrote, if it is about the same machine, model and versions; InvalidConfiguration otherwise."""
+    def load(cls, path: Path, fingerprint: Fingerprint | None) -> Capacity:
+        """What `save` wrote, if it is about the same machine, model and versions (None: about whatever it may be);
+        InvalidConfiguration otherwise.
+        """
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["format"] != _FORMAT:
@@ -98,6 +100,8 @@ class Capacity:
             raise InvalidConfiguration(
                 f"{path} is not a capacity file ({type(error).__name__}: {error}): write one with `dspark profile`"
             ) from error
+        if fingerprint is None:
+            return capacity
         other = sorted(
             name
             for name in {*fingerprint, *capacity.fingerprint}

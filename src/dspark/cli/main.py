@@ -9,7 +9,20 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import calibrate, chat, convert, data, doctor, generate, info, profile, serve, train, verify_lossless
+from dspark.cli import (
+    calibrate,
+    capacity,
+    chat,
+    convert,
+    data,
+    doctor,
+    generate,
+    info,
+    profile,
+    serve,
+    train,
+    verify_lossless,
+)
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -54,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         ("data", data),
         ("train", train),
         ("profile", profile),
+        ("capacity", capacity),
         ("calibrate", calibrate),
         ("serve", serve),
         ("chat", chat),

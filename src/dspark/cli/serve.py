@@ -224,6 +224,7 @@ def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitori
     import numpy as np
 
     from dspark import Engine
+    from dspark.monitor.forecast import Limits
     from dspark.monitor.monitoring import Monitoring, MonitorSettings
     from dspark.monitor.request_metrics import Objectives
 
@@ -240,6 +241,8 @@ def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitori
         plain=Engine(target, None, max_num_seqs=4) if args.rule == "coupled" else None,
         logits_of=_single_precision(args, target) if dtype != "float32" else None,
         cost=lambda tokens, requests, context: float(engine.capacity.seconds(np.array([tokens]), requests, context)[0]),
+        capacity=engine.capacity,
+        limits=Limits(args.max_num_seqs, target.cache.limit, args.max_num_batched_tokens, args.max_waiting),
     )
 
 

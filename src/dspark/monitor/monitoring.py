@@ -9,6 +9,7 @@ from typing import Any
 from dspark.monitor.canaries import Canaries, Outcome, PlainEngine
 from dspark.monitor.drift import Cusum, Drift
 from dspark.monitor.events import EventLog
+from dspark.monitor.forecast import Cost, Limits, Outlook
 from dspark.monitor.identity import LogitsOf
 from dspark.monitor.prometheus import Metrics
 from dspark.monitor.request_metrics import Objectives
@@ -36,6 +37,7 @@ class Monitoring:
 
     plain      an engine over the same target without drafter and prefix cache; None replays nothing (rejection rule)
     logits_of  the target in float32, for targets in less; without it their differing canaries are unjudged
+    capacity   what steps cost, as the engine learns it; with `limits` the dashboard says how much the server can take
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Monitoring:
         plain: PlainEngine | None = None,
         logits_of: LogitsOf | None = None,
         cost: Callable[[int, int, int], float] | None = None,
+        capacity: Cost | None = None,
+        limits: Limits | None = None,
         process: bool = True,
     ) -> None:
         settings = settings or MonitorSettings()
@@ -65,11 +69,14 @@ class Monitoring:
                 observers=[self.metrics.canary, self.drift.canary, self._replayed],
                 step_observers=[self.metrics.plain_step],
             )
-        self.snapshot = Snapshots(self.metrics, self.events)
+        self.outlook = Outlook(capacity, limits, settings.objectives) if capacity and limits else None
+        self.snapshot = Snapshots(self.metrics, self.events, capacity=self.outlook or dict)
 
     def step(self, record: StepRecord) -> None:
         """Observer of the engine's steps."""
         self.metrics.step(record)
+        if self.outlook is not None:
+            self.outlook.step(self.metrics)
         if self.canaries is not None:
             self.canaries.step(record)
 

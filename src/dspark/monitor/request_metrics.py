@@ -15,6 +15,7 @@ FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
 OBJECTIVES = ("ttft", "per_token")
 _OTHER = "other"
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TAUS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -53,6 +54,9 @@ class RequestMetrics:
         sizes = {"buckets": _TOKENS, "registry": registry}
         self.prompt_length = prom.Histogram("dspark_request_prompt_tokens", "prompt tokens per request", **sizes)
         self.output_length = prom.Histogram("dspark_request_generation_tokens", "tokens per request", **sizes)
+        self.tau = prom.Histogram(
+            "dspark_request_tau", "tokens per target pass, by request", buckets=_TAUS, registry=registry
+        )
         judged = counter("dspark_slo_requests", "requests judged by a latency objective", "objective")
         good = counter("dspark_slo_good", "requests that kept the objective", "objective")
         self.slo = {name: (judged.labels(name), good.labels(name)) for name in OBJECTIVES}
@@ -67,6 +71,8 @@ class RequestMetrics:
         drafts, hits = self.classes[by_temperature(record)]
         drafts.inc(sum(r.verified > 0 for r in record.rounds))
         hits.inc(sum(r.accepted > 0 for r in record.rounds))
+        if record.rounds:
+            self.tau.observe(1 + sum(r.accepted for r in record.rounds) / len(record.rounds))
         if record.start_seconds is not None:
             self.queue.observe(record.start_seconds - record.arrival_seconds)
         if record.token_seconds:

@@ -55,8 +55,10 @@ class Snapshots:
         events: EventLog | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        capacity: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.metrics, self.events, self.limits, self._clock = metrics, events, limits or Limits(), clock
+        self._capacity = capacity
         self._began = clock()
         self._samples: deque[tuple[float, Values]] = deque([(self._began, {})])
         self._history: deque[dict[str, Any]] = deque(maxlen=120)
@@ -101,6 +103,7 @@ class Snapshots:
             "cost": _cost(values),
             "reliability": _reliability(values, self.metrics.reliability.labels),
             "phases": _phases(recent),
+            "capacity": self._capacity(),
             "latency": {
                 name: {
                     **{f"p{q}": percentile(recent, series, q / 100) for q in (50, 95, 99)},
@@ -138,11 +141,22 @@ class Snapshots:
 
 def read(metrics: Metrics) -> dict[str, float]:
     """Every sample of the registry as name, or name|label values; the model's and drafter's names are left out."""
+    return _samples(metrics.registry.collect())
+
+
+def read_page(page: str) -> dict[str, float]:
+    """The same from what a server answers at `/metrics`; ValueError where it is no such page."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return _samples(text_string_to_metric_families(page))
+
+
+def _samples(families: Iterable[Any]) -> dict[str, float]:
     return {
         "|".join([sample.name, *(v for k, v in sorted(sample.labels.items()) if k not in ("model_name", "drafter"))]): (
             sample.value
         )
-        for family in metrics.registry.collect()
+        for family in families
         for sample in family.samples
     }
 
