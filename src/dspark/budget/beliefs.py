@@ -218,6 +218,12 @@ class LiveBeliefs:
         """How often all traffic has been found changed."""
         return self.classes[_EVERYONE].num_alarms
 
+    @property
+    def at_alarm(self) -> dict[str, float]:
+        """What the last alarm saw: drift then, and stated less observed acceptance at the first position."""
+        learner = self.classes[_EVERYONE]
+        return {"drift": round(learner.drift_at_alarm, 2), "bias": round(self.running_error.biases[0], 4)}
+
     def summary(self) -> dict[str, Any]:
         """How well beliefs hold and where they stand, by position and by class of traffic."""
         return {

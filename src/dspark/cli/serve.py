@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dspark import Engine
+    from dspark.budget.kept_beliefs import KeptBeliefs
     from dspark.monitor.identity import LogitsOf
     from dspark.monitor.monitoring import Monitoring
     from dspark.serve.settings import ServeSettings
@@ -108,13 +109,20 @@ def run(args: argparse.Namespace) -> int:
     with progress(f"loading {args.target}", no_color=False):
         engine = _engine(args)
         _warm_up(engine)
-    app, worker = _app(args, engine, settings)
     log_to_stderr(args.log_level)
+    kept = _kept_beliefs(engine)
+    app, worker = _app(args, engine, settings)
+    if kept is not None:
+        worker.observers.append(kept)
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"serving {', '.join(settings.model_names)} on http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
     if args.host not in _LOOPBACK and not settings.api_keys:
         say("warning: anyone who reaches this address can use it; --api-key asks for a key")
-    serve(app, worker, listening, args.drain_timeout)
+    try:
+        serve(app, worker, listening, args.drain_timeout)
+    finally:
+        if kept is not None:
+            kept.save()  # the worker's thread has ended
     return 0
 
 
@@ -190,6 +198,14 @@ def _drafter_name(args: argparse.Namespace) -> str:
     return args.drafter or ("dspark" if args.target == "tiny" else "none")
 
 
+def _kept_beliefs(engine: Engine) -> KeptBeliefs | None:
+    """What was learned about drafts before, if the scheduler heeds it."""
+    from dspark.budget.beliefs import LiveBeliefs
+    from dspark.budget.kept_beliefs import KeptBeliefs
+
+    return KeptBeliefs(engine.beliefs) if isinstance(engine.beliefs, LiveBeliefs) else None
+
+
 def _warm_up(engine: Engine) -> None:
     """The first steps allocate what later ones reuse; no client should wait for that."""
     from dspark import SamplingParams
@@ -240,6 +256,7 @@ def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitori
         dtype=dtype,
         plain=Engine(target, None, max_num_seqs=4) if args.rule == "coupled" else None,
         logits_of=_single_precision(args, target) if dtype != "float32" else None,
+        beliefs=engine.beliefs,
         cost=lambda tokens, requests, context: float(engine.capacity.seconds(np.array([tokens]), requests, context)[0]),
         capacity=engine.capacity,
         limits=Limits(args.max_num_seqs, target.cache.limit, args.max_num_batched_tokens, args.max_waiting),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dspark.budget.beliefs import LiveBeliefs
 from dspark.monitor.canaries import Canaries, Outcome, PlainEngine
 from dspark.monitor.drift import Cusum, Drift
 from dspark.monitor.events import EventLog
@@ -14,7 +15,7 @@ from dspark.monitor.identity import LogitsOf
 from dspark.monitor.prometheus import Metrics
 from dspark.monitor.request_metrics import Objectives
 from dspark.monitor.snapshot import Snapshots
-from dspark.types import RequestRecord, StepRecord
+from dspark.types import Beliefs, RequestRecord, StepRecord
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Monitoring:
     plain      an engine over the same target without drafter and prefix cache; None replays nothing (rejection rule)
     logits_of  the target in float32, for targets in less; without it their differing canaries are unjudged
     capacity   what steps cost, as the engine learns it; with `limits` the dashboard says how much the server can take
+    beliefs    of the engine; those that learn say when drafts fare other than believed
     """
 
     def __init__(
@@ -53,9 +55,12 @@ class Monitoring:
         cost: Callable[[int, int, int], float] | None = None,
         capacity: Cost | None = None,
         limits: Limits | None = None,
+        beliefs: Beliefs | None = None,
         process: bool = True,
     ) -> None:
         settings = settings or MonitorSettings()
+        self.beliefs = beliefs if isinstance(beliefs, LiveBeliefs) else None
+        self._num_alarms = 0 if self.beliefs is None else self.beliefs.num_alarms
         self.metrics = Metrics(target, drafter, num_slots, settings.objectives, cost, process)
         self.events = EventLog(settings.event_log, settings.log_tokens)
         self.drift = Drift(self._drifted)
@@ -77,6 +82,8 @@ class Monitoring:
         self.metrics.step(record)
         if self.outlook is not None:
             self.outlook.step(self.metrics)
+        if self.beliefs is not None:
+            self._look_at(self.beliefs)
         if self.canaries is not None:
             self.canaries.step(record)
 
@@ -90,6 +97,13 @@ class Monitoring:
     def idle(self) -> bool:
         """Idle task: a little of what can wait; whether there is more."""
         return self.canaries is not None and self.canaries.idle()
+
+    def _look_at(self, beliefs: LiveBeliefs) -> None:
+        self.metrics.belief_drift.set(beliefs.drift)
+        if beliefs.num_alarms > self._num_alarms:
+            self._num_alarms = beliefs.num_alarms
+            self.metrics.drift_alarms["beliefs", "all"].inc()
+            self.events.write("drift", signal="beliefs", request_class="all", **beliefs.at_alarm)
 
     def _drifted(self, signal: str, name: str, cusum: Cusum) -> None:
         self.metrics.drift_alarms[signal, name].inc()

@@ -158,6 +158,10 @@ class Metrics:
         self.canaries = {name: canaries.labels(name) for name in OUTCOMES}
         alarms = self._counter("dspark_drift_alarms", "changes that nobody announced", ["signal", "request_class"])
         self.drift_alarms = {(s, c): alarms.labels(s, c) for s in DRIFT_SIGNALS for c in CLASSES}
+        self.drift_alarms["beliefs", "all"] = alarms.labels("beliefs", "all")  # of the budget, about draft tokens
+        self.belief_drift = self._gauge(
+            "dspark_belief_drift", "standard deviations by which recent drafts fare other than believed"
+        )
         by_bin = {
             name: self._counter(f"dspark_confidence_{name}", text, ["bin"])
             for name, text in (

@@ -103,6 +103,7 @@ class _Generate(_Body):
     repetition_penalty: float | None = Field(None, gt=0, le=10**6)
     ignore_eos: bool = False
     stop_token_ids: list[_TokenId] | None = None
+    traffic_class: str | None = Field(None, max_length=64, description="kind of traffic, for beliefs of its own")
     dspark: bool = Field(False, description="report what speculation did, under the key `dspark`")
     # accepted and without any effect
     user: str | None = None
@@ -128,6 +129,7 @@ class _Generate(_Body):
             "stop": self.stops,
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "seed": self.seed,
+            "traffic_class": self.traffic_class,
         }
         return SamplingParams(
             max_tokens=max_tokens,
