@@ -1,0 +1,349 @@
+#!/usr/bin/env python
+"""What the server costs on top of its engine, and how it compares with `transformers serve`, in one run.
+
+    python benchmarks/serve.py --quick
+
+starts `dspark serve` in a process of its own and talks to it with streaming clients, taking turns with the same engine
+in this process, which writes the same text for as many requests at once. Closed loop: each client asks again as soon
+as it has its answer. Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
+--minutes: the closed loop for so long, and what the server's memory does. --peer needs transformers[serving] and
+accelerate; both sides then answer the same requests at temperature 0, up to the target's end token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+# Run as a file, this folder would come first on the path and its modules could shadow others.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import httpx
+import torch
+
+from benchmarks import prompts
+from dspark import Engine, SamplingParams, load_drafter, load_target
+
+
+@dataclass
+class Load:
+    """What one side did with one load. Seconds; first_token and gaps as the client saw them."""
+
+    side: str
+    clients: int
+    num_tokens: int = 0
+    num_failed: int = 0
+    seconds: float = 0.0
+    first_token: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--target", default="tiny", help="a name or a folder (default tiny)")
+    add("--drafter", default="dspark", help="of both sides (default dspark)")
+    add("--scheduler", default="fixed:7", help="of both sides (default fixed:7)")
+    add("--dtype", default="float32", choices=["bfloat16", "float32"])
+    add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
+    add("--clients", default="1,8,32", help="closed loop: clients at once (default 1,8,32)")
+    add("--requests-per-client", type=int, default=4, help="(default 4)")
+    add("--tokens", type=int, default=96, help="new tokens per request (default 96)")
+    add("--repeats", type=int, default=3, help="turns that each side takes (default 3)")
+    add("--rate", type=float, help="open loop: requests a second, as well")
+    add("--threads", type=int, default=1, help="of each side (default 1)")
+    add("--minutes", type=float, help="the closed loop with the most clients for so long, watching memory, as well")
+    add("--peer", action="store_true", help="`transformers serve` on the same weights, as well")
+    add("--peer-clients", default="1,4,16", help="(default 1,4,16)")
+    add("--peer-flags", default="", help="for `transformers serve`, such as =--continuous-batching (default: none)")
+    add("--quick", action="store_true", help="one repeat, fewer requests and tokens")
+    add("--json", type=Path, metavar="FILE", help="everything, every single time included")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.repeats, options.requests_per_client, options.tokens = 1, 2, min(options.tokens, 64)
+    return options
+
+
+# -- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def own(engine: Engine, texts: Sequence[str], clients: int, tokens: int) -> Load:
+    """The engine alone, stepped here: as many requests at once, the next as soon as one has ended."""
+    load, waiting = Load("engine", clients), list(enumerate(texts))[::-1]
+    running: dict[Any, float] = {}
+    seen: dict[Any, int] = {}
+    last: dict[Any, float] = {}
+    began = time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < clients:
+            seed, text = waiting.pop()
+            params = SamplingParams(temperature=1, seed=seed, max_tokens=tokens, ignore_eos=True)
+            running[engine.submit(text, params)] = time.perf_counter()
+        engine.step()
+        now = time.perf_counter()
+        for request in list(running):
+            num_new = len(request.generated) - seen.get(request, 0)
+            if num_new and not seen.get(request):
+                load.first_token.append(now - running[request])
+            elif num_new:
+                load.gaps.append(now - last[request])
+            if num_new:
+                last[request], seen[request] = now, len(request.generated)
+            if request.finish_reason:
+                load.num_tokens += len(request.generated)
+                del running[request]
+    load.seconds = time.perf_counter() - began
+    return load
+
+
+async def _ask(client: httpx.AsyncClient, load: Load, text: str, asked: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": text}], "stream": True, **asked}
+    body["stream_options"] = {"include_usage": True}
+    last, num_events, usage = time.perf_counter(), 0, None
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            reply.raise_for_status()
+            async for line in reply.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                usage = event.get("usage") or usage
+                if not any(choice["delta"].get("content") for choice in event["choices"]):
+                    continue
+                now = time.perf_counter()
+                (load.gaps if num_events else load.first_token).append(now - last)
+                num_events, last = num_events + 1, now
+    except httpx.HTTPError as error:
+        print(f"a request failed: {error!r}", file=sys.stderr)
+        load.num_failed += 1
+        return
+    load.num_tokens += usage["completion_tokens"] if usage else num_events
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
+
+
+async def _closed(url: str, load: Load, requests: Iterator[tuple[str, dict[str, Any]]]) -> None:
+    async with _client(url) as client:
+
+        async def one() -> None:
+            for text, asked in requests:
+                await _ask(client, load, text, asked)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(load.clients)))
+        load.seconds = time.perf_counter() - began
+
+
+async def _open(url: str, load: Load, requests: Iterator[tuple[str, dict[str, Any]]], rate: float) -> None:
+    chance = random.Random(0)
+    async with _client(url) as client:
+        began, asking = time.perf_counter(), []
+        for text, asked in requests:
+            asking.append(asyncio.ensure_future(_ask(client, load, text, asked)))
+            await asyncio.sleep(chance.expovariate(rate))
+        await asyncio.gather(*asking)
+        load.seconds = time.perf_counter() - began
+
+
+def sampled(texts: Sequence[str], tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What `own` asks of the engine, as the API says it."""
+    for seed, text in enumerate(texts):
+        yield text, {"temperature": 1, "seed": seed, "max_tokens": tokens, "ignore_eos": True}
+
+
+def greedy(texts: Sequence[str], tokens: int, model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What every server understands."""
+    for text in texts:
+        yield text, {"temperature": 0, "max_tokens": tokens, "model": model}
+
+
+def closed(side: str, url: str, clients: int, requests: Iterator[tuple[str, dict[str, Any]]]) -> Load:
+    load = Load(side, clients)
+    asyncio.run(_closed(url, load, requests))
+    return load
+
+
+@contextmanager
+def started(command: Sequence[str], port: int, ready: str) -> Iterator[str]:
+    """The URL of a server process, once it answers at `ready`."""
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 300
+            while not _answers(url + ready):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    said = log.read().decode(errors="replace").strip().splitlines()[-5:]
+                    raise SystemExit("\n".join([*said, f"{' '.join(command)} did not start"]))
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    found = prompts.load(options.prompts) if options.prompts else prompts.built_in()
+    texts = [prompt.text for prompt in prompts.by_turns(found)]
+    target = load_target(options.target, dtype=options.dtype, device="cpu")
+    engine = Engine(target, load_drafter(options.drafter, target), options.scheduler)
+    report: dict[str, Any] = {}
+    loads: list[Load] = []
+    with ExitStack() as stack:
+        port = free_port()
+        command = [sys.executable, "-m", "dspark", "serve", options.target, "--port", str(port)]
+        command += ["--drafter", options.drafter, "--scheduler", options.scheduler, "--dtype", options.dtype]
+        command += ["--threads", str(options.threads), "--served-model-name", "ours"]
+        url = stack.enter_context(started(command, port, "/ready"))
+        for clients in map(int, options.clients.split(",")):
+            loads += _beside_engine(engine, url, texts, clients, options)
+        if options.rate:
+            load = Load("server, open loop", 0)
+            asked = sampled(_texts(texts, 32 if options.quick else 200), options.tokens)
+            asyncio.run(_open(url, load, asked, options.rate))
+            _print_load(load, f"{options.rate:g} requests/s arriving at random")
+            loads.append(load)
+        if options.minutes:
+            report["memory"] = asyncio.run(_soak(url, texts, options))
+        if options.peer:
+            loads += _beside_peer(url, texts, options, Path(target.config._name_or_path))
+    if options.json:
+        report["environment"] = {"python": platform.python_version(), "torch": torch.__version__}
+        report |= {"options": vars(options), "loads": [asdict(load) for load in loads]}
+        options.json.write_text(json.dumps(report, default=str))
+    return 1 if any(load.num_failed for load in loads) else 0
+
+
+def _beside_engine(
+    engine: Engine, url: str, texts: Sequence[str], clients: int, options: argparse.Namespace
+) -> list[Load]:
+    asked, loads = _texts(texts, clients * options.requests_per_client), []
+    for repeat in range(options.repeats + 1):
+        sides = [
+            lambda: own(engine, asked, clients, options.tokens),
+            lambda: closed("server", url, clients, sampled(asked, options.tokens)),
+        ]
+        pair = [side() for side in (sides if repeat % 2 else sides[::-1])]
+        if repeat:  # the first turn warms both up
+            loads += pair
+    _print_pair(loads)
+    return loads
+
+
+def _beside_peer(url: str, texts: Sequence[str], options: argparse.Namespace, folder: Path) -> list[Load]:
+    port, loads = free_port(), []
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", options.dtype, *options.peer_flags.split()]
+    with started(command, port, "/health") as peer:
+        for clients in map(int, options.peer_clients.split(",")):
+            asked, sides = _texts(texts, clients * options.requests_per_client), {"server": url, "transformers": peer}
+            for repeat in range(options.repeats + 1):
+                for side, where in sides.items():
+                    model = "ours" if side == "server" else str(folder)
+                    load = closed(side, where, clients, greedy(asked, options.tokens, model))
+                    loads += [load] if repeat else []
+            for side in sides:
+                turns = [load for load in loads if (load.side, load.clients) == (side, clients)]
+                _print_load(max(turns, key=lambda load: load.speed), f"{clients} clients, best turn")
+    return loads
+
+
+async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> list[tuple[float, float]]:
+    """(seconds, resident bytes) of the server while clients keep asking, never twice the same."""
+    clients, began = max(map(int, options.clients.split(","))), time.monotonic()
+    load = Load("server, long run", clients)
+
+    def requests() -> Iterator[tuple[str, dict[str, Any]]]:
+        for seed in count():
+            if time.monotonic() - began > 60 * options.minutes:
+                return
+            text = f"{seed}. {texts[seed % len(texts)]}"
+            yield text, {"temperature": 1, "seed": seed, "max_tokens": options.tokens, "ignore_eos": True}
+
+    asking, memory = asyncio.ensure_future(_closed(url, load, requests())), []
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        while not asking.done():
+            metrics = (await client.get("/metrics")).text
+            line = next(line for line in metrics.splitlines() if line.startswith("process_resident_memory_bytes "))
+            memory.append((time.monotonic() - began, float(line.split()[1])))
+            await asyncio.wait([asking], timeout=5)
+    await asking
+    settled = [(at, size / 2**20) for at, size in memory if at > 60 * options.minutes / 4] or [(0.0, 0.0)]
+    first, last = (statistics.median(size for _, size in part) for part in (settled[:12], settled[-12:]))
+    _print_load(load, f"{options.minutes:g} minutes with {clients} clients")
+    print(f"  resident memory {first:.0f} MiB after a quarter of it, {last:.0f} MiB at the end")
+    return memory
+
+
+def _texts(texts: Sequence[str], count: int) -> list[str]:
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def _print_pair(loads: Sequence[Load]) -> None:
+    engine, server = ([load for load in loads if load.side == side] for side in ("engine", "server"))
+
+    def added(name: str) -> str:
+        ours, alone = (statistics.median(t for load in side for t in getattr(load, name)) for side in (server, engine))
+        return f"{1000 * ours:.1f} ms, {1000 * (ours - alone):+.1f}"
+
+    share = statistics.median(s.speed / e.speed for s, e in zip(server, engine, strict=True))
+    print(
+        f"{server[0].clients:3d} clients: server {statistics.median(x.speed for x in server):6.0f} tokens/s, "
+        f"{100 * share:.0f} % of the engine's {statistics.median(x.speed for x in engine):.0f}; "
+        f"first token {added('first_token')}; between events {added('gaps')}",
+        flush=True,
+    )
+
+
+def _print_load(load: Load, note: str) -> None:
+    first = sorted(load.first_token)
+    print(
+        f"{load.side}, {note}: {load.speed:.0f} tokens/s, first token median "
+        f"{1000 * statistics.median(first):.0f} ms, 95 % within {1000 * first[-1 - len(first) // 20]:.0f} ms",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
