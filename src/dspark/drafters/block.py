@@ -75,6 +75,7 @@ class BlockDrafter:
         self.length = block_size if length is None else length
         self.dtype, self.device = model.fc.weight.dtype, model.fc.weight.device
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
+        self._head = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
         self._graph: Callable[[Step, Tensor], tuple[Tensor, Tensor | None]] | None = None
 
@@ -83,6 +84,7 @@ class BlockDrafter:
 
         Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels.
         """
+        self._head = self.model.head.for_drawing()
 
         def step(step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
             return self._run(step, noise)
@@ -226,7 +228,7 @@ class BlockDrafter:
 
     def _draw_ahead(self, step: Step, hidden: Tensor, base: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draw with noise [B, K or 1, V or 1] that is known beforehand: tensors only, nothing waits for the host."""
-        head, scores, previous = self.model.head, base + noise, step.anchors
+        head, scores, previous = self._head, base + noise, step.anchors
         drawn, embedded, state = [], [], head.initial_state(len(previous))
         for k in range(self.length):
             bias, e, state = head.step(previous, hidden[:, k], state)
@@ -239,7 +241,7 @@ class BlockDrafter:
         self, step: Step, hidden: Tensor, base: Tensor, requests: Sequence[Request], rule: Rule
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Draw through the rule, whatever sampling parameters and laws it needs."""
-        head, previous = self.model.head, step.anchors
+        head, previous = self._head, step.anchors
         drawn, laws, embedded, state = [], [], [], head.initial_state(len(previous))
         paths: list[list[int]] = [[] for _ in requests]
         for k in range(self.length):

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from dspark.errors import CheckpointError
 
 
+TABLE_BYTES = 64 * 2**20  # the largest table of all biases that is worth its memory: a vocabulary of 5,800 in bf16
+
+
 class NoHead(nn.Module):
     """DFlash: every position is drawn from the backbone's own logits, independently of the others."""
 
     markov_w2: None = None
+
+    def for_drawing(self) -> NoHead:
+        return self
 
     def initial_state(self, batch: int) -> Tensor | None:
         return None
@@ -54,6 +60,11 @@ class MarkovHead(nn.Module):
         latent, state = self._latent(e, hidden, state)
         return self.markov_w2(latent), e, state
 
+    def for_drawing(self) -> MarkovHead | TabulatedHead:
+        """What drafts the same tokens sooner: with a small vocabulary, all biases there are, looked up."""
+        size = self.markov_w2.out_features
+        return TabulatedHead(self) if size**2 * self.markov_w2.weight.element_size() <= TABLE_BYTES else self
+
     def latents(self, previous: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """All positions while training: true previous tokens [N, K], hidden [N, K, H] -> (latent [N, K, r], e [N, K, r])."""
         e = self.markov_w1(previous)
@@ -65,8 +76,27 @@ class MarkovHead(nn.Module):
         return self.markov_w2(latent), e
 
 
+class TabulatedHead(nn.Module):
+    """A vanilla head as a table: reading a row costs a fraction of the product it replaces, which every token waits for."""
+
+    def __init__(self, head: MarkovHead) -> None:
+        super().__init__()
+        self.markov_w1 = head.markov_w1
+        self.biases = nn.Parameter(head.markov_w2(head.markov_w1.weight).detach(), requires_grad=False)  # [V, V]
+
+    def initial_state(self, batch: int) -> Tensor | None:
+        return None
+
+    def step(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As MarkovHead.step."""
+        return self.biases[previous], self.markov_w1(previous), None
+
+
 class GatedHead(MarkovHead):
     """The hidden state chooses how much of the previous token's bias to take."""
+
+    def for_drawing(self) -> MarkovHead:
+        return self  # its biases depend on more than the token
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
         super().__init__(vocab_size, hidden_size, rank)
@@ -78,6 +108,9 @@ class GatedHead(MarkovHead):
 
 class RnnHead(MarkovHead):
     """A gated recurrence over the drafted tokens (eq. 6): remembers more than the last one."""
+
+    def for_drawing(self) -> MarkovHead:
+        return self
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
         super().__init__(vocab_size, hidden_size, rank)
