@@ -33,7 +33,7 @@ def test_a_table_for_people(capsys: Capture) -> None:
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("name", ["dspark", "dflash", "draft"])
+@pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3", "draft"])
 def test_the_embedded_drafters_fit_the_embedded_target(capsys: Capture, name: str) -> None:
     code, out, _ = run(capsys, "info", name, "--target", "tiny")
     assert code == 0

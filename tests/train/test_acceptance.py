@@ -28,7 +28,7 @@ def target() -> Target:
     return dspark.load_target("tiny", dtype="float32", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["dspark", "dflash", "draft"])
+@pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3", "draft"])
 def test_every_round_is_the_engines(name: str, target: Target) -> None:
     prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     plain = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()

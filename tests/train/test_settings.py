@@ -21,6 +21,7 @@ TABLES = {
     "text.toml": {"regenerate": RegenerateSettings},
     "dspark.toml": {"train": TrainSettings, "loss": LossWeights},
     "dflash.toml": {"train": TrainSettings, "loss": LossWeights},
+    "eagle3.toml": {"train": TrainSettings, "loss": LossWeights},
     "draft.toml": {"draft": DraftSettings},
 }
 

@@ -12,7 +12,7 @@ from dspark.cli.terminal import progress, quiet_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder or hub id of a drafter; dspark, dflash")
+    parser.add_argument("source", metavar="SRC", help="folder or hub id of a drafter; dspark, dflash, eagle3")
     parser.add_argument(
         "--to",
         required=True,

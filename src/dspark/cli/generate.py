@@ -62,8 +62,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
     models.add_argument(
         "--drafter",
-        help="none, ngram, self; with a target that ships them dspark, dflash, draft; a folder, a hub id or "
-        "file.py:make (default: dspark for tiny, otherwise none)",
+        help="none, ngram, self; with a target that ships them dspark, dflash, eagle3, draft; a folder, a hub id "
+        "or file.py:make (default: dspark for tiny, otherwise none)",
     )
     models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")

@@ -29,13 +29,13 @@ from dspark.target.loading import embedded_pair_folder, load_target
 from dspark.target.target import Target
 from dspark.types import Drafter
 
-EMBEDDED = ("dspark", "dflash", "draft")  # folders beside the embedded target
+EMBEDDED = ("dspark", "dflash", "eagle3", "draft")  # folders beside the embedded target
 
 
 def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **options: Any) -> Drafter:
     """The drafter of this name for this target; options are those of its class.
 
-    `none`, `ngram`, `self`; for the embedded target `dspark`, `dflash`, `draft`; the folder or hub id of a block
+    `none`, `ngram`, `self`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id of a block
     drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options) gives a
     Drafter.
     """

@@ -62,7 +62,7 @@ def load_target(
 
 
 def embedded_pair_folder(name: str) -> Path:
-    """The folder of an embedded pair (target/, dspark/, dflash/, draft/), in a clone or in an installed wheel."""
+    """The folder of an embedded pair (target/, dspark/, dflash/, eagle3/, draft/), in a clone or in an installed wheel."""
     here = Path(__file__).resolve()
     candidates = [here.parents[3] / "pairs" / name, here.parents[1] / "pairs" / name]
     for folder in candidates:
