@@ -13,6 +13,7 @@ from dspark.drafters.block_model import BlockConfig, BlockModel, TraceBatch
 from dspark.drafters.heads import MarkovHead, TabulatedHead, make_head
 from dspark.errors import InvalidConfiguration
 from dspark.sampling import KeyedDraws
+from dspark.target import native
 from dspark.types import Draft, Request, SamplingParams
 from dspark.verify import Coupled, Rejection
 
@@ -369,6 +370,21 @@ def test_compiled_equals_eager() -> None:
                     pair.commit(request, [5] * (1 + (request.id + len(ids)) % 4))
             assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
             torch.testing.assert_close(drafts[0].confidence, drafts[1].confidence)
+
+
+def test_the_kernel_for_cpu_attends_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of different lengths, and rows that are not the first ones."""
+    if not native.load():
+        pytest.skip("no C++ compiler")
+    kernel, drafts = native.attend_slots, []
+    for attend in (kernel, None):
+        monkeypatch.setattr(native, "attend_slots", attend)
+        pair = Pair(CONFIG)
+        requests = [pair.request(i, 4 + 9 * i) for i in range(3)]
+        drafts.append([pair.propose(asked) for asked in (requests, requests[1:], requests[2:])])
+    for ours, theirs in zip(*drafts, strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        torch.testing.assert_close(ours.confidence, theirs.confidence)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])

@@ -20,6 +20,7 @@ from dspark.budget.calibration import Calibration
 from dspark.drafters.block_model import BlockModel
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.errors import InvalidConfiguration
+from dspark.target import native
 from dspark.target.compiled import few_guards, frozen_weights
 from dspark.types import Draft, Request, Rule
 
@@ -31,6 +32,7 @@ class Step(NamedTuple):
     rows, slots [N + B*P]              where keys and values of news and blocks are kept
     anchors [B], starts [B]            last committed tokens and their positions
     chosen [B] or None                 rows of the requests; None: they are the first B
+    visible [B]                        context positions each block sees
     mask [B, 1, 1, P + S]              added to scores; S is the longest context
     keys, values                       per layer, as ContextRows has them
     """
@@ -41,6 +43,7 @@ class Step(NamedTuple):
     slots: Tensor
     anchors: Tensor
     starts: Tensor
+    visible: Tensor
     chosen: Tensor | None
     mask: Tensor
     keys: list[Tensor]
@@ -169,6 +172,7 @@ class BlockDrafter:
             slots=places[2],
             anchors=places[3],
             starts=places[4],
+            visible=places[5],
             chosen=None if self.rows.is_prefix(ids) else places[6],
             mask=mask,
             keys=self.rows.keys,
@@ -197,7 +201,7 @@ class BlockDrafter:
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
         if batch > 1:
-            for tensor in (*step[:6], step.mask, noise):
+            for tensor in (*step[:7], step.mask, noise):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with frozen_weights(self.device):
             return self._graph(step, noise)
@@ -269,6 +273,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> 
     batch, num_slots, (_, kv_heads, width) = len(step.anchors), step.mask.shape[-1], k.shape
     keys = step.keys[layer].index_put_((step.rows, step.slots), k)
     values = step.values[layer].index_put_((step.rows, step.slots), v)
+    size, group = q.shape[0] // batch, q.shape[1] // kv_heads
+    if native.attend_slots is not None and q.device.type == "cpu":
+        first = (torch.arange(batch, device=q.device) if step.chosen is None else step.chosen) * keys.shape[1]
+        slots = first[:, None] + torch.arange(num_slots, device=q.device)
+        places = step.starts[:, None] + torch.arange(size, device=q.device)
+        inside = torch.ones(batch, size, size, dtype=torch.bool, device=q.device)
+        rows = (keys.flatten(0, 1), values.flatten(0, 1), slots, step.visible, places, inside)
+        return native.attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)  # type: ignore[no-any-return]
     if step.chosen is None:
         keys, values = keys[:batch, :num_slots], values[:batch, :num_slots]
     else:
@@ -277,7 +289,6 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> 
             values[:, :num_slots].index_select(0, step.chosen),
         )
     # No slot sees less than another, so the query heads that share a key head are just more queries.
-    size, group = q.shape[0] // batch, q.shape[1] // kv_heads
     queries = (
         q.view(batch, size, kv_heads, group, width).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, width)
     )
