@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cli.command import PAIR
-from dspark.cli.compare import Difference, first_difference
+from dspark.cli.against_plain import Difference, first_difference
 from dspark.cli.terminal import acceptance_by_position, speculation_summary, wants_colour
 from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings

@@ -28,7 +28,7 @@ from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from dspark import Engine, Generation, SamplingParams
-    from dspark.cli.compare import Comparison
+    from dspark.cli.against_plain import Comparison
 
 # Given to SamplingParams only when the user names them, so that its defaults stay the only ones.
 _SAMPLING: dict[str, tuple[type, str]] = {
@@ -223,7 +223,7 @@ def _closing_line(streamed: _Run) -> str:
 
 def _compare(engine: Engine, prompt: Any, params: SamplingParams, args: argparse.Namespace, seed: int) -> Comparison:
     from dspark import Engine
-    from dspark.cli.compare import compare
+    from dspark.cli.against_plain import compare
 
     say("comparing with plain decoding")  # no spinner: it would take time from what is being timed
     plain = Engine(engine.target, None, scheduler=args.scheduler, rule=args.rule, compile=args.compile)

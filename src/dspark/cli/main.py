@@ -13,6 +13,7 @@ from dspark.cli import (
     calibrate,
     capacity,
     chat,
+    compare,
     convert,
     data,
     doctor,
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", serve),
         ("chat", chat),
         ("verify-lossless", verify_lossless),
+        ("compare", compare),
     ):
         summary = (verb.__doc__ or "").splitlines()[0]
         subparser = verbs.add_parser(

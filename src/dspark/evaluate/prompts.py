@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dspark.engine.text import Prompt
+from dspark.errors import InvalidRequest
 
 _SHAPES = (
     "A baker makes {a} trays of {b} rolls and sells 17 of them. How many are left? Answer step by step.",
@@ -28,3 +32,35 @@ def fitting(tokenizer: Any, vocab_size: int, num_prompts: int) -> tuple[list[Pro
     if tokenizer is None:
         return [[(7 * i + 3 * k) % vocab_size for k in range(8)] for i in range(num_prompts)], False
     return list(built_in(num_prompts)), getattr(tokenizer, "chat_template", None) is None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the kind of traffic it stands for."""
+
+    prompt: Prompt
+    domain: str = "all"
+
+
+def from_file(path: Path) -> list[Sample]:
+    """One prompt a line; in a .jsonl file an object with `prompt` or `messages`, and `domain` if it likes."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the prompts cannot be read: {error}") from error
+    read = _of_json if path.suffix == ".jsonl" else Sample
+    samples = [read(line) for line in lines if line]
+    if not samples:
+        raise InvalidRequest(f"{path} holds no prompt; write one per line")
+    return samples
+
+
+def _of_json(line: str) -> Sample:
+    try:
+        row = json.loads(line)
+        prompt = row["messages"] if "messages" in row else row["prompt"]
+        return Sample(prompt, str(row.get("domain", "all")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(
+            f"expected a JSON object with `prompt` or `messages` on each line; got {line[:60]!r}"
+        ) from error
