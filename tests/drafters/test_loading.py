@@ -92,7 +92,8 @@ def test_drafters_of_the_embedded_pair(tmp_path: Path, target: Target, monkeypat
     with pytest.raises(CheckpointError, match="'dflash' is not in this installation"):
         load_drafter("dflash", target)
     with pytest.raises(
-        InvalidConfiguration, match=r"did you mean 'dspark'\? There are none, ngram, self, dspark, dflash, eagle3, draft"
+        InvalidConfiguration,
+        match=r"did you mean 'dspark'\? There are none, ngram, self, dspark, dflash, eagle3, draft",
     ):
         load_drafter("dspork", target)
 

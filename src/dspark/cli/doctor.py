@@ -30,7 +30,9 @@ _PROMPTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="tiny, a folder or a hub id")
-    parser.add_argument("drafter", metavar="DRAFTER", help="folder or hub id of a trained drafter; dspark, dflash, eagle3")
+    parser.add_argument(
+        "drafter", metavar="DRAFTER", help="folder or hub id of a trained drafter; dspark, dflash, eagle3"
+    )
     parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, instead of a few general ones")
     parser.add_argument("--max-tokens", type=int, default=64, help="length of the answers measured on (default: 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dspark.budget.calibration import Calibration
 from dspark.drafters.block_model import BlockModel
 from dspark.drafters.context_rows import ContextRows, unread
+from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
 from dspark.target import native
 from dspark.target.compiled import few_guards, frozen_weights
@@ -78,7 +79,7 @@ class BlockDrafter:
         self.length = block_size if length is None else length
         self.dtype, self.device = model.fc.weight.dtype, model.fc.weight.device
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
-        self._head = model.head
+        self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
         self._graph: Callable[[Step, Tensor], tuple[Tensor, Tensor | None]] | None = None
 
@@ -280,7 +281,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> 
         places = step.starts[:, None] + torch.arange(size, device=q.device)
         inside = torch.ones(batch, size, size, dtype=torch.bool, device=q.device)
         rows = (keys.flatten(0, 1), values.flatten(0, 1), slots, step.visible, places, inside)
-        return native.attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)  # type: ignore[no-any-return]
+        return native.attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)
     if step.chosen is None:
         keys, values = keys[:batch, :num_slots], values[:batch, :num_slots]
     else:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dspark.errors import CheckpointError
 
-
 TABLE_BYTES = 64 * 2**20  # the largest table of all biases that is worth its memory: a vocabulary of 5,800 in bf16
 
 

@@ -103,7 +103,8 @@ class Monitoring:
         if beliefs.num_alarms > self._num_alarms:
             self._num_alarms = beliefs.num_alarms
             self.metrics.drift_alarms["beliefs", "all"].inc()
-            self.events.write("drift", signal="beliefs", request_class="all", **beliefs.at_alarm)
+            evidence: dict[str, Any] = dict(beliefs.at_alarm)
+            self.events.write("drift", signal="beliefs", request_class="all", **evidence)
 
     def _drifted(self, signal: str, name: str, cusum: Cusum) -> None:
         self.metrics.drift_alarms[signal, name].inc()

@@ -125,9 +125,7 @@ def frozen_weights(device: torch.device) -> Any:
     It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
     """
     is_cpu = device.type == "cpu"
-    return torch._inductor.config.patch(
-        {"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu, "cpp_wrapper": is_cpu}
-    )
+    return torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu, "cpp_wrapper": is_cpu})
 
 
 def few_guards() -> dict[str, Any]:

@@ -51,9 +51,8 @@ def _build() -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent
-    ) as folder:  # two processes may build at once: the rename is atomic
+    # Two processes may build at once: the rename is atomic.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [*shlex.split(compiler), *_FLAGS, abi, *include, str(_SOURCE), "-o", str(built), *link]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
