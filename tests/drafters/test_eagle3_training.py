@@ -106,7 +106,7 @@ def test_the_text_is_that_of_plain_decoding(
 ) -> None:
     """With fewer places than prompts, requests join when others leave; they differ in length."""
     params = [SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS - 4 * i, seed=i) for i in range(4)]
-    engine = Engine(target, drafter(trained[0], target), max_num_seqs=num_seqs)
+    engine = Engine(target, drafter(trained[0], target), "fixed:7", max_num_seqs=num_seqs)
     free = target.num_free_slots
     texts = engine.generate(prompts, params)
     for text, expected, own in zip(texts, plain(target, prompts, params[0]), params, strict=True):
@@ -121,7 +121,7 @@ def test_training_knows_the_tau_of_decoding(
     target: Target, prompts: list[list[int]], trained: tuple[Eagle3Model, float]
 ) -> None:
     model, tau = trained
-    texts = Engine(target, drafter(model, target)).generate(
+    texts = Engine(target, drafter(model, target), "fixed:7").generate(
         prompts, SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
     )
     if model.target_ids is None:

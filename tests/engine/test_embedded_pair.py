@@ -43,7 +43,7 @@ def plain(target):
 
 @pytest.mark.parametrize("name", LEAST_TAU)
 def test_drafters_are_exact_and_good(name, target, plain):
-    engine = Engine(target, load_drafter(name, target), max_num_seqs=4, max_num_batched_tokens=64)
+    engine = Engine(target, load_drafter(name, target), "fixed:7", max_num_seqs=4, max_num_batched_tokens=64)
     sampled = engine.generate(PROMPTS, params(1.0))
     assert [g.token_ids for g in sampled] == [g.token_ids for g in plain["sampled"]]
     assert [g.text for g in sampled] == [g.text for g in plain["sampled"]]
@@ -59,7 +59,7 @@ def test_drafters_are_exact_and_good(name, target, plain):
 
 def test_the_rejection_rule_accepts_about_as_much(target):
     """The same drafter under the paper's rule: its acceptance is the optimum, so it may not be far below."""
-    engine = Engine(target, load_drafter("dspark", target), rule="rejection")
+    engine = Engine(target, load_drafter("dspark", target), "fixed:7", rule="rejection")
     rounds = [r for g in engine.generate(PROMPTS, params(1.0)) for r in g.rounds]
     assert sum(r.accepted + 1 for r in rounds) / len(rounds) > LEAST_TAU["dspark"]
 

@@ -32,7 +32,9 @@ def test_max_tokens_ends_within_a_draft(target):
     expected = plain(target, prompt, temperature=0, max_tokens=30).token_ids
     drafter = OracleDrafter([prompt + expected], error=0.0)
     for n in (1, 2, 3, 7):
-        generation = Engine(target, drafter).generate([prompt], SamplingParams(temperature=0, max_tokens=n))[0]
+        generation = Engine(target, drafter, "fixed:5").generate([prompt], SamplingParams(temperature=0, max_tokens=n))[
+            0
+        ]
         assert generation.token_ids == expected[:n]
         assert generation.finish_reason == "length"
         assert len(generation.is_drafted) == n
@@ -42,7 +44,7 @@ def test_stop_token_inside_a_draft_drops_the_rest(target):
     prompt = [3, 1, 4]
     expected = plain(target, prompt, temperature=1, seed=5, max_tokens=30).token_ids
     stop = next(t for i, t in enumerate(expected) if i > 3 and t not in expected[:i])
-    engine = Engine(target, OracleDrafter([prompt + expected], error=0.0))
+    engine = Engine(target, OracleDrafter([prompt + expected], error=0.0), "fixed:5")
     generation = engine.generate(
         [prompt], SamplingParams(temperature=1, seed=5, max_tokens=30, stop_token_ids=(stop,))
     )[0]
@@ -143,7 +145,7 @@ def test_sampled_output_follows_the_law_under_the_rejection_rule(tmp_path):
 def test_streaming_gives_what_generate_gives(target):
     prompt, params = [3, 1, 4], SamplingParams(temperature=1, seed=9, max_tokens=20)
     expected = Engine(target).generate([prompt], params)[0].token_ids
-    engine = Engine(target, OracleDrafter([prompt + expected]))
+    engine = Engine(target, OracleDrafter([prompt + expected]), "fixed:5")
     stream = engine.stream(prompt, params)
     deltas = list(stream)
     assert [t for d in deltas for t in d.token_ids] == expected == stream.generation.token_ids

@@ -22,7 +22,7 @@ def speculative(target, params, **options):
     """With a drafter that is sometimes right and sometimes wrong."""
     each = [SamplingParams(**{**params.__dict__, "seed": i}) for i in range(len(PROMPTS))]
     texts = [p + g.token_ids for p, g in zip(PROMPTS, Engine(target).generate(PROMPTS, each), strict=True)]
-    return Engine(target, OracleDrafter(texts, error=0.4), **options)
+    return Engine(target, OracleDrafter(texts, error=0.4), "fixed:5", **options)
 
 
 def accept_everything(draft: Draft, keep, verdict: Verdict) -> Verdict:
@@ -56,7 +56,7 @@ def test_laws_are_compared_by_sampling(target, monkeypatch):
     params = SamplingParams(temperature=1.0, seed=0)
 
     def p_value():
-        engine = Engine(target, OracleDrafter([[3, 1, 4, *range(9)]], length=2, error=0.9), rule="rejection")
+        engine = Engine(target, OracleDrafter([[3, 1, 4, *range(9)]], length=2), "fixed:2", rule="rejection")
         engine.drafter.propose = lambda requests, rule: sampled(engine, requests, rule)
         (check,) = check_laws(engine, Engine(target, rule="rejection"), [[3, 1, 4]], params, 300, 30)
         assert check.num_accepted > 0

@@ -77,7 +77,7 @@ def test_numbers_are_those_of_metrics(tmp_path):
     prompts, params = [[3, 1, 4], [1, 5, 9]], SamplingParams(temperature=0, max_tokens=40)
     texts = [p + g.token_ids for p, g in zip(prompts, Engine(target).generate(prompts, params), strict=True)]
     m = monitoring()
-    Engine(target, OracleDrafter(texts, error=0.2), observers=[m.step]).generate(prompts, params)
+    Engine(target, OracleDrafter(texts, error=0.2), "fixed:5", observers=[m.step]).generate(prompts, params)
     for seconds in (101.5, 102.0, 109.0):
         m.request(finished(token_seconds=[101.0, seconds]))
     s, v = m.snapshot(), values(m.metrics)

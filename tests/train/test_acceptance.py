@@ -54,7 +54,7 @@ def test_so_are_those_of_eagle3(draft_vocab_size: int | None, target_folder: Pat
 
 def _agree(target: Target, drafter: Any, guesser: Guesser, prompts: list[Any], vocab_size: int) -> list[Any]:
     """Decodes each prompt, and compares its rounds with those found in the finished text."""
-    engine = dspark.Engine(target, drafter)
+    engine = dspark.Engine(target, drafter, f"fixed:{drafter.length}")
     decoded = [
         engine.generate([prompt], dspark.SamplingParams(max_tokens=LENGTH, seed=seed))[0]
         for seed, prompt in enumerate(prompts)

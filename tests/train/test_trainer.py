@@ -165,7 +165,8 @@ def test_validation_decodes_as_the_engine_does_with_the_same_seeds(
     trainer = make_trainer(target_folder, texts, tmp_path / "run", [recipe], steps=2)
     values = trainer.validate(trainer.students[0])
     target = load_target(target_folder, dtype="float32", device="cpu")
-    engine = dspark.Engine(target, load_drafter(trainer.students[0].out / "last", target))
+    drafter = load_drafter(trainer.students[0].out / "last", target)
+    engine = dspark.Engine(target, drafter, f"fixed:{drafter.length}")
     rounds = []
     for seed, prompt in enumerate(trainer.prompts):
         params = dspark.SamplingParams(max_tokens=8, seed=seed)

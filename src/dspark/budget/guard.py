@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
-from dspark.budget.throughput import best_count, committed, seconds_of_step
+from dspark.budget.throughput import seconds_of_step
 from dspark.types import Load, StepRecord
 
 Floats = NDArray[np.float64]
@@ -24,29 +24,33 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class GuardSettings:
     """
-    min_observations  draft tokens verified, or drafts seen, before the drafter is judged
+    min_observations  drafts whose outcome is known before the drafter is judged
     stop_below        stop drafting when it is believed to give less than this share of plain tokens per second
     start_above       start again above this share
-    probe_share       of all seconds at most so much goes into drafts that only serve to learn
+    probe_share       of all seconds at most so much is lost by drafts that only serve to learn
     plain_every       drafted steps after which a plain one keeps the comparison honest
     num_remembered    drafts of each request that are remembered
+    half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
     reconsider_every  steps between decisions while the number of requests is the same
     """
 
     min_observations: int = 24
-    stop_below: float = 1.0
+    stop_below: float = 0.98
     start_above: float = 1.02
     probe_share: float = 0.004
     plain_every: int = 500
-    num_remembered: int = 4
+    num_remembered: int = 24
+    half_life: float = 8.0
     memory: int = 200
     reconsider_every: int = 8
 
 
 _MOST_REQUESTS = 4096
 _FEW = 3  # steps of a kind before its cost is believed
-_TRUST_MEMORY = 400.0  # draft tokens
+_SOON, _LATER = 4, 40  # drafted steps before a plain one, while plain ones have hardly been seen
+_CLEAR = 1.25  # so much faster than plain decoding is faster even if that has been timed only once
+_TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
 
 
 class Guard:
@@ -59,7 +63,9 @@ class Guard:
         self._by_request: OrderedDict[int, deque[tuple[int, Floats]]] = OrderedDict()  # (step, survival)
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
-        self._accepted, self._predicted = 8.0, 8.0  # draft tokens; as if beliefs had been right before
+        self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
+        self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
+        self._probe_loss = 0.0  # seconds that the next probe is believed to lose
         self._chosen: set[int] | None = None  # None: all
         self._decided_for: tuple[int, bool] = (0, False)
         self._decided_at = self._now = 0
@@ -97,8 +103,7 @@ class Guard:
         for request_id, row, size in zip(record.request_ids, survival, record.drafted, strict=True):
             if size:
                 self._remember(request_id, row)
-        # Drafts that are not worth a single verified token tell something, too.
-        self._num_judged += max(sum(record.verified), record.num_asked)
+        self._num_judged += record.num_asked
         fade = min(1.0, _TRUST_MEMORY / (self._predicted + 1e-9))
         self._accepted = self._accepted * fade + sum(record.accepted)
         self._predicted = self._predicted * fade + record.predicted_accepted
@@ -119,9 +124,12 @@ class Guard:
     def _needs_plain_step(self, load: Load) -> bool:
         if load.num_prompt_tokens:
             return False
-        since = self._now - self._last_plain
         num_known = self.capacity.decoding.num_near(load.base_tokens, load.num_requests)
-        return since > (4 if num_known < _FEW else self.settings.plain_every)
+        if num_known >= _FEW:
+            spacing = self.settings.plain_every
+        else:
+            spacing = _LATER if num_known and self._advantage > _CLEAR else _SOON
+        return self._now - self._last_plain > spacing
 
     def _is_due(self, load: Load) -> bool:
         state = (load.num_requests, bool(load.num_prompt_tokens))
@@ -138,20 +146,26 @@ class Guard:
         best, best_rate = 0, 0.0
         size = num_decoding
         while size:
-            rate = self._rate(samples[:, promising[:size]], num_decoding, load)
-            if rate > best_rate * (1.01 if best else 1.0):  # leaving someone out must be worth it
-                best, best_rate = size, rate
+            tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load)
+            if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
+                best, best_rate = size, tokens / seconds
             size //= 2
-        was_drafting = self.is_drafting
+        was_drafting, self._advantage = self.is_drafting, best_rate / plain
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
-        self.is_drafting = best_rate >= bound * plain
+        # Of few requests drafted for, little is to be expected either way.
+        self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
         if self.is_drafting and not was_drafting:
             self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
         self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
+        left_out = promising[best if self.is_drafting else 0 :]
+        if len(left_out):
+            tokens, seconds = self._expected(samples[:, left_out[: _num_probed(len(left_out))]], num_decoding, load)
+            # Even a probe that pays costs something: it disturbs what was found to be best.
+            self._probe_loss = max(seconds - tokens / plain, 0.02 * seconds)
 
     def _samples(self, request_ids: Sequence[int]) -> Floats:
-        """[n, B, K]  what the last drafts promised, of each request its own; of others' where it has too few."""
-        num = 1 if len(request_ids) >= 16 else self.settings.num_remembered
+        """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few."""
+        num = max(1, self.settings.num_remembered // len(request_ids))
         since = self._now - self.settings.memory
         pool = [row for now, row in self._lately if now > since] or [self._lately[-1][1]]
         samples = np.zeros((num, len(request_ids), max(map(len, pool))))
@@ -163,33 +177,30 @@ class Guard:
                 samples[n, b, :length] = row[:length]
         return np.minimum(samples * self.trust, 1.0)
 
-    def _rate(self, samples: Floats, num_decoding: int, load: Load) -> float:
-        """Tokens per second when these requests [n, b, K] are drafted for and the best of it is verified."""
+    def _expected(self, samples: Floats, num_decoding: int, load: Load) -> tuple[float, float]:
+        """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it."""
         context = round(load.context_tokens * samples.shape[1] / num_decoding)
-        drafting = self.capacity.draft_seconds(samples.shape[1], context)
-        tokens = seconds = 0.0
-        for step in samples:
-            falling = np.sort(step, axis=None)[::-1]
-            falling = falling[falling > 0]
-            with_draft = Load(
-                load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens
-            )
-            count = best_count(self.capacity, num_decoding, falling, with_draft)
-            tokens += committed(num_decoding, falling)[count]
-            seconds += seconds_of_step(self.capacity, with_draft, len(falling))[count]
-        return tokens / seconds
+        load = replace(load, draft_seconds=self.capacity.draft_seconds(samples.shape[1], context))
+        falling = -np.sort(-samples.reshape(len(samples), -1), axis=1)
+        tokens = np.cumsum(np.concatenate([np.full((len(samples), 1), num_decoding), falling], 1), 1)
+        seconds = seconds_of_step(self.capacity, load, falling.shape[1])
+        best = (tokens / seconds).argmax(1)
+        weights = 0.5 ** (np.arange(len(samples)) / self.settings.half_life)
+        weights /= weights.sum()
+        return float(weights @ tokens[np.arange(len(samples)), best]), float(weights @ seconds[best])
 
     def _probes(self, request_ids: Sequence[int], load: Load, left_out: Sequence[int] | None = None) -> list[int]:
-        """Rarely, a few of those left out: whoever was not drafted for the longest, as often as its cost allows."""
+        """Rarely, a few of those left out: whoever was not drafted for the longest, as often as what it loses allows."""
         left_out = range(len(request_ids)) if left_out is None else left_out
-        num = max(1, len(left_out) // 8)
-        context = round(load.context_tokens * num / len(request_ids))
         plain = seconds_of_step(self.capacity, load, 0)[0]
-        extra = self.capacity.draft_seconds(num, context) + 0.25 * plain
-        if self._now - self._last_probe < extra / (self.settings.probe_share * plain):
+        if self._now - self._last_probe < self._probe_loss / (self.settings.probe_share * plain):
             return []
         self._last_probe = self._now
         self._decided_for = (0, False)  # decide again with what it shows
         order = {i: n for n, i in enumerate(self._by_request)}
         oldest = sorted(left_out, key=lambda b: order.get(request_ids[b], -1))
-        return oldest[:num]
+        return oldest[: _num_probed(len(left_out))]
+
+
+def _num_probed(num_left_out: int) -> int:
+    return max(1, num_left_out // 8)

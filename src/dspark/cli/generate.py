@@ -70,7 +70,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     speculation = parser.add_argument_group("speculation")
-    speculation.add_argument("--scheduler", default="fixed:7", help="how much is verified: auto, fixed:7, ...")
+    speculation.add_argument("--scheduler", default="auto", help="how much is verified: auto (default), fixed:7, ...")
     speculation.add_argument(
         "--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule (default coupled)"
     )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
     models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
-    models.add_argument("--scheduler", default="fixed:7", help="how much is verified, as for generate")
+    models.add_argument("--scheduler", default="auto", help="how much is verified, as for generate")
     models.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule")
     models.add_argument("--compile", action="store_true", help="compile the models, as for generate")
     models.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")

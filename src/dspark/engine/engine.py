@@ -70,7 +70,7 @@ class Engine:
         self,
         target: Target,
         drafter: Drafter | None = None,
-        scheduler: str | PrefixScheduler = "fixed:7",
+        scheduler: str | PrefixScheduler = AUTO,
         rule: str = "coupled",
         *,
         max_num_seqs: int = 32,

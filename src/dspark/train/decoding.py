@@ -28,7 +28,9 @@ def decode(folder: Path, target: Target, prompts: Sequence[list[int]], settings:
     """All rounds of the drafter in `folder` over prompts (token ids). Every process takes its share of them."""
     rank, num_processes = join()
     drafter = load_drafter(folder, target)
-    engine = Engine(target, drafter, max_num_seqs=settings.batch, max_num_batched_tokens=2048)
+    # Drafted always and verified whole: what is measured is the drafter, not what this machine makes of it.
+    whole = f"fixed:{drafter.length}"
+    engine = Engine(target, drafter, whole, max_num_seqs=settings.batch, max_num_batched_tokens=2048)
     own = [
         (place, prompt)
         for place, prompt in enumerate(prompts)
