@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark.errors import InvalidConfiguration
 from dspark.train.files import replace_file
 
 RESULTS = "rounds.json"
@@ -71,8 +72,14 @@ class Comparison:
         self.seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of_name.values())))
         self.runs = {name: [of_name[name][seed] for seed in self.seeds] for name in self.names}
         first = self.runs[self.names[0]][0]
-        self.num_prompts = {domain: len(by_length[0]) for domain, by_length in first.rounds.items()}
+        self.num_prompts = _num_prompts(first)
         self.length = len(next(iter(first.rounds.values())))
+        for run in (run for runs in self.runs.values() for run in runs):
+            if (run.steps, _num_prompts(run)) != (first.steps, self.num_prompts):
+                raise InvalidConfiguration(
+                    f"{run.name} of seed {run.seed} has {run.steps} steps and prompts {_num_prompts(run)}, and "
+                    f"{first.name} of seed {first.seed} {first.steps} and {self.num_prompts}: use a folder for each setting"
+                )
         draw = np.random.default_rng(0)
         self.seed_weights = _multiplicities(draw, len(self.seeds))
         self.prompt_weights = {domain: _multiplicities(draw, num) for domain, num in self.num_prompts.items()}
@@ -97,6 +104,10 @@ class Comparison:
         rounds = [a for run in self.runs[name] for prompt in run.rounds[domain][-1] for a in prompt]
         reached = [sum(a >= k for a in rounds) for k in range(self.length + 1)]
         return [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(self.length)]
+
+
+def _num_prompts(run: Measured) -> dict[str, int]:
+    return {domain: len(by_length[0]) for domain, by_length in run.rounds.items()}
 
 
 def _multiplicities(draw: np.random.Generator, num: int) -> Any:

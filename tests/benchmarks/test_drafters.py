@@ -47,6 +47,11 @@ def test_only_seeds_that_all_drafters_have_are_compared() -> None:
     assert found.seeds == [0] and found.tau("a").value == 1.0
 
 
+def test_unequal_runs_are_not_compared() -> None:
+    with pytest.raises(InvalidConfiguration, match=r"b of seed 0 has 5 steps and prompts \{.math.: 1"):
+        Comparison([measured("a", 0, [0], [0]), measured("b", 0, [1])])
+
+
 def test_recipes_differ_in_the_drafter_and_its_losses_only() -> None:
     tables = {path.stem: read_toml(path) for path in RECIPES.glob("*.toml")}
     assert set(tables) >= {"eagle3", "dflash", "dflash-l1", "dspark", "dspark-rnn", "dspark-1-layer", "dspark-3-layers"}

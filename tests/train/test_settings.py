@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from dspark.losses import LossWeights
 from dspark.train.draft_lm import DraftSettings
 from dspark.train.kinds import make_config
 from dspark.train.regenerate import RegenerateSettings
-from dspark.train.settings import read_recipe, read_toml
+from dspark.train.settings import from_table, read_recipe, read_toml
 from dspark.train.student import TrainSettings
 from dspark.train.target_lm import TargetSettings
 
@@ -31,6 +32,21 @@ def test_all_shipped_recipes_can_be_read() -> None:
     for name, tables in TABLES.items():
         for table, kind in tables.items():
             assert isinstance(read_recipe(RECIPES / name, table, kind), kind)
+
+
+def test_so_can_those_of_drafters_in_other_folders() -> None:
+    shape = dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    shape |= dict(vocab_size=4096, num_target_layers=8)
+    tokenizer = SimpleNamespace(mask_token_id=3)
+    paths = [RECIPES.parent / "quick.toml", *(RECIPES.parent / "compare").glob("*.toml")]
+    assert len(paths) > 7
+    for path in paths:
+        table = read_toml(path)
+        assert set(table) <= {"drafter", "loss", "train"}
+        config = make_config(table["drafter"], shape, tokenizer, str(path))[1]
+        assert config.num_hidden_layers == table["drafter"].get("num_hidden_layers", 1)
+        assert from_table(table["train"], TrainSettings, str(path)).steps > 0
+        from_table(table.get("loss", {}), LossWeights, str(path))
 
 
 def test_dspark_and_dflash_differ_in_their_heads_only() -> None:
