@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", default="tiny", help="a name or a folder (default tiny)")
     add("--drafter", default="dspark", help="of both sides (default dspark)")
-    add("--scheduler", default="fixed:7", help="of both sides (default fixed:7)")
+    add("--scheduler", default="auto", help="of both sides (default auto)")
     add("--dtype", default="float32", choices=["bfloat16", "float32"])
     add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
     add("--clients", default="1,8,32", help="closed loop: clients at once (default 1,8,32)")

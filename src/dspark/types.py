@@ -299,6 +299,8 @@ class StepRecord:
     predicted_accepted: float = 0.0
     predicted_seconds: float = 0.0  # of everything but drafting
     predicted_draft_seconds: float = 0.0
+    rate: float = 0.0  # tokens per second of what was chosen, its seconds as believed; 0: not known
+    best_rate: float = 0.0  # and of the best choice in hindsight (budget/hindsight.py)
     num_prompt_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0

@@ -37,6 +37,9 @@ def test_json_is_one_object_of_this_shape(capsys: Capture) -> None:
     assert 1 <= len(result["token_ids"]) <= 24
     assert result["tokens_per_second"] > 0
     assert all(accepted <= verified <= drafted <= 7 for drafted, verified, accepted in result["rounds"])
+    steps = result["scheduling"]["steps"]
+    assert [(s["budget"], s["accepted"]) for s in steps] == [(r[1], r[2]) for r in result["rounds"]]
+    assert all(s["tokens_per_second_in_hindsight"] >= s["tokens_per_second"] > 0 for s in steps[1:])
     assert result["tau"] == pytest.approx(sum(r[2] + 1 for r in result["rounds"]) / len(result["rounds"]))
 
 

@@ -12,16 +12,31 @@ from dspark.budget.capacity import Capacity
 from dspark.types import StepRecord
 
 
+def rates(capacity: Capacity, record: StepRecord) -> tuple[float, float]:
+    """Tokens per second of what was chosen, and of who had known what the target accepts; zeros where that is unknown.
+
+    That one verifies exactly the accepted tokens, or does not draft where plain decoding is faster. Both sides are priced
+    by what the capacity believes, so that a step that happened to be slow is nobody's fault.
+    """
+    load = record.load
+    if load is None or load.num_prompt_tokens or not record.request_ids or not capacity.is_known:
+        return 0.0, 0.0
+    num_requests, accepted = len(record.request_ids), sum(record.accepted)
+    sizes = np.array([num_requests, num_requests + accepted, record.num_tokens])
+    plain, exact, real = capacity.seconds(sizes, load.num_requests, load.context_tokens)
+    drafting = capacity.draft_seconds(record.num_asked, load.context_tokens)
+    tokens = num_requests + accepted
+    return tokens / (real + drafting), max(tokens / (exact + drafting), num_requests / plain)
+
+
 @dataclass
 class Hindsight:
-    """An observer of steps that decode.
+    """An observer of steps that decode. Nobody can have no regret: drafts are paid for before it is known what they bring.
 
-    Regret compares with who had known what the target accepts: that one verifies exactly the accepted tokens, or does
-    not draft where plain decoding is faster. Both sides are priced by what the capacity believes, so that a step that
-    happened to be slow is nobody's fault. Nobody can have no regret: what is drafted is paid for before it is known.
+    per_step  also remember each step, for whoever wants to look at them one by one
     """
 
-    capacity: Capacity
+    per_step: bool = False
     num_steps: int = 0
     verified: int = 0
     accepted: int = 0
@@ -34,6 +49,7 @@ class Hindsight:
     num_faults: int = 0
     chosen: float = 0.0  # believed seconds of what was chosen
     best: float = 0.0  # and of as many tokens in hindsight
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, record: StepRecord) -> None:
         if not record.request_ids:
@@ -50,19 +66,12 @@ class Hindsight:
         if record.skip_reason is not None:
             self.skipped[record.skip_reason] += record.num_skipped
         self.num_faults += record.num_faults
-        self._compare(record)
-
-    def _compare(self, record: StepRecord) -> None:
-        load = record.load
-        if load is None or load.num_prompt_tokens or not self.capacity.is_known:
-            return
-        num_requests, accepted = len(record.request_ids), sum(record.accepted)
-        sizes = np.array([num_requests, num_requests + accepted, record.num_tokens])
-        plain, exact, real = self.capacity.seconds(sizes, load.num_requests, load.context_tokens)
-        drafting = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-        self.chosen += real + drafting
-        # Seconds for as many tokens: with the draft that was made, or in plain steps.
-        self.best += min(exact + drafting, plain * (num_requests + accepted) / num_requests)
+        if record.rate:
+            tokens = len(record.request_ids) + sum(record.accepted)
+            self.chosen += tokens / record.rate
+            self.best += tokens / record.best_rate
+        if self.per_step:
+            self.steps.append(_as_json(record))
 
     @property
     def regret(self) -> float:
@@ -71,7 +80,7 @@ class Hindsight:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "steps": self.num_steps,
+            "num_steps": self.num_steps,
             "verified": self.verified,
             "accepted": self.accepted,
             "wasted": self.verified - self.accepted,
@@ -82,7 +91,7 @@ class Hindsight:
             "skipped_drafts": dict(self.skipped),
             "faults": self.num_faults,
             "regret": round(self.regret, 4),
-        }
+        } | ({"steps": self.steps} if self.per_step else {})
 
     def line(self) -> str:
         """For people, after the text."""
@@ -98,3 +107,19 @@ class Hindsight:
             parts.append(f"{self.num_faults} lost to drafter faults")
         parts.append(f"regret {self.regret:.0%}")
         return ", ".join(parts)
+
+
+def _as_json(record: StepRecord) -> dict[str, Any]:
+    return {
+        "budget": sum(record.verified),
+        "accepted": sum(record.accepted),
+        "predicted_accepted": round(record.predicted_accepted, 3),
+        "wasted": sum(record.verified) - sum(record.accepted),
+        "skipped": record.num_skipped,
+        "seconds": record.step_seconds,
+        "predicted_seconds": record.predicted_seconds,
+        "draft_seconds": record.draft_seconds,
+        "predicted_draft_seconds": record.predicted_draft_seconds,
+        "tokens_per_second": round(record.rate, 2),
+        "tokens_per_second_in_hindsight": round(record.best_rate, 2),
+    }

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dspark.budget.hindsight import Hindsight
 
-    engine.observers.append(hindsight := Hindsight(engine.capacity))
+    engine.observers.append(hindsight := Hindsight(per_step=args.json))
     streamed = _stream(engine, prompt, params, args)
     engine.observers.remove(hindsight)
     if not args.json:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.budget.capacity import Capacity, Fingerprint, usual_path
 from dspark.budget.guard import Guard
+from dspark.budget.hindsight import rates
 from dspark.budget.prefix_scheduler import falling_survival
 from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.budget.schedulers import AUTO, make_scheduler
@@ -234,6 +235,7 @@ class Engine:
                 verdict = self.rule.verify(draft, keep, out.logits, judged)
             with _timed(record, "commit"):
                 self._record(record, decoding, draft, keep, verdict.accepted)
+                record.rate, record.best_rate = rates(self.capacity, record)
                 self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
         record.num_free_slots = self.target.num_free_slots
