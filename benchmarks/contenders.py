@@ -55,6 +55,11 @@ class Ours:
             num_steps=len(decoding),
         )
 
+    def own_length(self, prompt: Sequence[int], most: int, temperature: float, seed: int) -> int:
+        """How many tokens the text has when it may end by itself, its end token included."""
+        params = SamplingParams(temperature=temperature, max_tokens=most, seed=seed)
+        return len(self.engine.generate([list(prompt)], params)[0].token_ids)
+
     def close(self) -> None:
         self.records.clear()
 

@@ -3,7 +3,8 @@
     python benchmarks/decode.py --quick
     python benchmarks/decode.py --prompts HELD_OUT --vllm VLLM_VENV/bin/python --json decode.json --plot decode.png
 
-Everyone reads the same token ids and writes the same number of tokens (end tokens stop nobody). Loading, compiling and
+Everyone reads the same token ids and writes the same number of tokens (end tokens stop nobody; with --until-end, texts
+of one request are as long as the target alone would write them). Loading, compiling and
 a warm-up are not timed. Texts written with a drafter are compared with plain decoding, token by token.
 """
 
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import plot, prompts, report
-from benchmarks.contenders import load_for_transformers
+from benchmarks.contenders import PLAIN, load_for_transformers
 from benchmarks.identity import gap_by_model
 from benchmarks.lineup import DRAFTERS, VLLM_MODES, Lineup, Say, gather
 from benchmarks.measure import Section, measure
@@ -55,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--per-domain", type=int, default=6, help="prompts of each domain at one request (default 6)")
     add("--requests", default="1,8,32", help="how many run side by side (default 1,8,32)")
     add("--tokens", type=int, default=200, help="new tokens per request (default 200)")
+    add("--until-end", action="store_true", help="at one request, end each text where it ends by itself")
     add("--repeats", type=int, default=5, help="(default 5)")
     add("--minutes", type=float, help="begin no repeat that would not end in this time")
     add("--threads", type=int, help="for everyone (default: torch's choice)")
@@ -71,6 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.requests = sorted({int(n) for n in options.requests.split(",")})
     if unknown := set(options.vllm_modes.split(",")) - set(VLLM_MODES):
         parser.error(f"--vllm-modes takes {', '.join(VLLM_MODES)}; got {', '.join(sorted(unknown))}")
+    if options.until_end and "none" not in options.drafters.split(","):
+        parser.error("--until-end asks our plain decoding where texts end: let --drafters contain none")
     if options.vllm is not None and not options.vllm.exists():
         parser.error(f"--vllm takes the path of a Python interpreter; {options.vllm} does not exist")
     return options
@@ -100,6 +104,12 @@ def run(
             prompts.groups_of(read, num_requests, num_groups),
             frozenset(c.name for c in contenders if c.is_speculative),
         )
+        if options.until_end and num_requests == 1:
+            plain = next(c for c in lineup.contenders if c.name == PLAIN)
+            section.lengths = [
+                plain.own_length(group[0].token_ids, options.tokens, temperature, seed)  # type: ignore[attr-defined]
+                for seed, group in enumerate(section.groups)
+            ]
         now = time.monotonic()
         deadline = now + (ends - now) / (len(plans) - index)
         measure(section, contenders, options.repeats, deadline, say)

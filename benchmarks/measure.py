@@ -64,7 +64,11 @@ class Sample:
 
 @dataclass
 class Section:
-    """One comparison: the same groups of prompts at one temperature, for some contenders."""
+    """One comparison: the same groups of prompts at one temperature, for some contenders.
+
+    num_tokens  new tokens per request, at most
+    lengths     per group, where texts have lengths of their own
+    """
 
     num_requests: int
     temperature: float
@@ -74,6 +78,10 @@ class Section:
     speculative: frozenset[str] = frozenset()
     samples: list[Sample] = field(default_factory=list)
     num_repeats: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def num_tokens_of(self, group: int) -> int:
+        return self.lengths[group] if self.lengths else self.num_tokens
 
     @property
     def title(self) -> str:
@@ -104,7 +112,7 @@ def measure(
     """
     for contender in contenders:  # untimed: first calls allocate, compile and fill caches
         progress(f"{section.title}: warming up {contender.name}")
-        contender.run([p.token_ids for p in section.groups[0]], section.num_tokens, section.temperature, 0)
+        contender.run([p.token_ids for p in section.groups[0]], section.num_tokens_of(0), section.temperature, 0)
     longest = 0.0
     for repeat in range(num_repeats):
         if repeat and time.monotonic() + longest > deadline:
@@ -114,8 +122,9 @@ def measure(
             for contender in turn_order(contenders, index, repeat):
                 place = f"repeat {repeat + 1}/{num_repeats}, prompts {index + 1}/{len(section.groups)}"
                 progress(f"{section.title}: {place}, {contender.name}")
-                run = contender.run([p.token_ids for p in group], section.num_tokens, section.temperature, seed=index)
-                check_equal_work(contender.name, run, len(group), section.num_tokens)
+                num_tokens = section.num_tokens_of(index)
+                run = contender.run([p.token_ids for p in group], num_tokens, section.temperature, seed=index)
+                check_equal_work(contender.name, run, len(group), num_tokens)
                 section.samples.append(Sample(contender.name, index, repeat, domain_of(group), run))
         section.num_repeats = repeat + 1
         longest = max(longest, time.monotonic() - began)

@@ -140,7 +140,7 @@ def as_json(
             {
                 "num_requests": r.section.num_requests,
                 "temperature": r.section.temperature,
-                "num_tokens": r.section.num_tokens,
+                "num_tokens": r.section.lengths or r.section.num_tokens,
                 "num_repeats": r.section.num_repeats,
                 "rows": [asdict(row) for row in r.rows],
                 "acceptance": {name: asdict(a) for name, a in r.acceptance.items()},

@@ -15,10 +15,14 @@ from benchmarks.summary import Acceptance, Ratio, Row, StepTime
 _COLOUR = {"ours": "green", "transformers": "yellow", "vllm": "magenta"}
 
 
+def _length(section: Section) -> str:
+    return f"{min(section.lengths)} to {max(section.lengths)}" if section.lengths else str(section.num_tokens)
+
+
 def rates(section: Section, rows: Sequence[Row], baselines: Mapping[str, str]) -> Table:
     """One section. baselines: contender -> heading of its column."""
     table = Table(
-        title=f"{section.title}, {section.num_tokens} new tokens each: tokens/s",
+        title=f"{section.title}, {_length(section)} new tokens each: tokens/s",
         caption=f"medians over {section.num_repeats} interleaved repeats of {len(section.groups)} x "
         f"{section.num_requests} prompts; [ ]: 95 % interval over prompts",
         title_justify="left",

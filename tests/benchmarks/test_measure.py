@@ -75,3 +75,11 @@ def test_unequal_work_is_refused():
     for token_ids in ([[1, 2], [3]], [[1, 2]], [[1, 2, 3], [3, 4]]):
         with pytest.raises(RuntimeError, match="a should have written 2 tokens"):
             check_equal_work("a", Run(token_ids, 1.0), 2, 2)
+
+
+def test_texts_may_have_lengths_of_their_own():
+    contenders = [Scripted("a", [])]
+    s = section(contenders)
+    s.lengths = [3, 2]
+    measure(s, contenders, num_repeats=1)
+    assert [x.run.num_tokens for x in s.samples] == [3, 2]
