@@ -27,6 +27,10 @@ class Straight:
 PLAIN = Mix(100, 51, ((1, 1.0, 0.0),))
 
 
+def planned(limits: Limits, objectives: Objectives):
+    return make_plan(make_replica(Straight(), PLAIN, limits), PLAIN, limits, objectives)
+
+
 def served() -> Metrics:
     """Steps of one and of eight requests, and requests of which half gain nothing."""
     metrics = Metrics("t", "d", 5000, process=False)
@@ -64,15 +68,15 @@ def test_kv_limits_how_many_run():
     with pytest.raises(InvalidRequest, match="slots"):
         kv_requests(PLAIN, Limits(num_slots=100))
     objectives = Objectives(1.0, 0.1)
-    small, large = (make_plan(Straight(), PLAIN, Limits(num_slots=n), objectives) for n in (152 * 5, 10**6))
+    small, large = (planned(Limits(num_slots=n), objectives) for n in (152 * 5, 10**6))
     assert small.max_decoding == 5 and small.kv_full_rate is not None
     assert large.kv_full_rate is None and large.highest_rate > small.highest_rate
 
 
 def test_the_tighter_objective_gives_way_first():
-    assert make_plan(Straight(), PLAIN, Limits(), Objectives(10.0, 0.03)).limited_by == "per_token"
-    assert make_plan(Straight(), PLAIN, Limits(), Objectives(0.15, 10.0)).limited_by == "ttft"
-    assert make_plan(Straight(), PLAIN, Limits(), Objectives(0.05, 1.0)).highest_rate == 0
+    assert planned(Limits(), Objectives(10.0, 0.03)).limited_by == "per_token"
+    assert planned(Limits(), Objectives(0.15, 10.0)).limited_by == "ttft"
+    assert planned(Limits(), Objectives(0.05, 1.0)).highest_rate == 0
 
 
 def test_the_mix_is_what_the_server_counted_also_when_read_from_its_page():
@@ -94,6 +98,10 @@ def test_nothing_is_said_before_a_request_has_finished_and_soon_after():
     assert Snapshots(metrics, capacity=outlook)()["capacity"] == {}
     outlook.step(served())
     assert Snapshots(metrics, capacity=outlook)()["capacity"]["highest_rate"] > 0
-    latest = outlook()
-    outlook.step(Metrics("t", "d", 1, process=False))
+    latest, others = outlook(), served()
+    others.request(finished(prompt_token_ids=[1] * 400))
+    outlook.step(others)
     assert outlook() is latest, "renewed now and then, not with every step"
+    now[0] = 60.0
+    outlook.step(others)
+    assert outlook()["highest_rate"] < latest["highest_rate"]

@@ -116,6 +116,20 @@ def test_percentiles_are_prometheus_own():
     assert percentile({**buckets, "h_bucket|+Inf": 80.0}, "h", 0.99) == 4.0
 
 
+def test_a_little_evidence_raises_no_alert():
+    m = monitoring()
+    for _ in range(3):
+        m.step(step(drafted=(0,), verified=(0,), accepted=(0,), seconds=0.01))  # what plain decoding takes
+    alerts = []
+    for _ in range(250):
+        m.step(step(verified=(7,), accepted=(0,), seconds=0.2, confidence=[0.9] * 7))
+        alerts.append({a["name"] for a in m.snapshot()["alerts"]})
+    assert alerts[0] == set() and alerts[-1] == {"SpeculationHurts"}
+    for _ in range(800):
+        m.step(step(verified=(7,), accepted=(0,), seconds=0.2, confidence=[0.9] * 7))
+    assert {a["name"] for a in m.snapshot()["alerts"]} == {"SpeculationHurts", "CalibrationDrift"}
+
+
 def test_alerts_and_events_without_tokens():
     m = monitoring()
     m.step(step(num_free_slots=1))

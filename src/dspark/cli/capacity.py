@@ -58,12 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     from dspark.monitor.demand import forecast
-    from dspark.monitor.forecast import make_plan
+    from dspark.monitor.forecast import make_plan, make_replica
     from dspark.monitor.request_metrics import Objectives
 
     capacity = _capacity(args.capacity)
     mix, limits = _mix_and_limits(args)
-    plan = make_plan(capacity, mix, limits, Objectives(args.slo_ttft, args.slo_per_token), args.share)
+    objectives = Objectives(args.slo_ttft, args.slo_per_token)
+    plan = make_plan(make_replica(capacity, mix, limits), mix, limits, objectives, args.share)
     rates = _rates(args)
     demand = None if rates is None else forecast(rates, args.hours, args.quantile)
     if args.json:

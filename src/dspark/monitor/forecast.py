@@ -24,7 +24,8 @@ from dspark.monitor.request_metrics import Objectives
 from dspark.monitor.snapshot import percentile, read
 
 _SPREAD = 20  # quantiles of tokens per pass among requests
-_RENEWED_SECONDS = 20.0  # the plan of a running server; it takes about as long as a step
+_SAMPLED = 12  # numbers of requests at which a cost is asked for
+_RENEWED_SECONDS = 20.0  # the plan of a running server
 
 
 class Cost(StepCost, Protocol):
@@ -88,7 +89,8 @@ class Mix:
 
 def make_replica(cost: Cost, mix: Mix, limits: Limits) -> Replica:
     """A server with this cost under this mix. KV limits how many requests it decodes together if their tokens do."""
-    n = np.arange(1, kv_requests(mix, limits) + 1)
+    most = kv_requests(mix, limits)
+    n = np.unique(np.rint(np.geomspace(1, most, _SAMPLED))).astype(np.int64)  # straight lines between them
     tau, verified = mix.at(n)
     read = np.rint(n * (1 + verified)).astype(np.int64)
     context = np.rint(n * _context(mix)).astype(np.int64)
@@ -100,10 +102,15 @@ def make_replica(cost: Cost, mix: Mix, limits: Limits) -> Replica:
         (reading,) = cost.seconds(read[i : i + 1] + chunk, requests + 1, int(context[i]), is_reading=True)
         prompt[i] = chunks * max(0.0, reading - decode[i])
         draft[i] = cost.draft_seconds(requests, int(context[i])) if verified[i] > 0 else 0.0
+    passes = (mix.output_tokens - 1) / tau + 1e-9
+
+    def everywhere(sampled: Floats) -> Floats:
+        return np.interp(np.arange(1, most + 1), n, sampled)
+
     return Replica(
-        pass_seconds=decode + draft,
-        passes=(mix.output_tokens - 1) / tau + 1e-9,
-        prompt_seconds=prompt,
+        pass_seconds=everywhere(decode + draft),
+        passes=everywhere(passes),
+        prompt_seconds=everywhere(prompt),
         output_tokens=mix.output_tokens,
         prompt_passes=chunks,
         max_waiting=limits.max_waiting,
@@ -151,9 +158,8 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(cost: Cost, mix: Mix, limits: Limits, objectives: Objectives, share: float = 0.99) -> Plan:
-    """The highest rate within the objectives, and what the server is like at it."""
-    replica = make_replica(cost, mix, limits)
+def make_plan(replica: Replica, mix: Mix, limits: Limits, objectives: Objectives, share: float = 0.99) -> Plan:
+    """The highest rate within the objectives, and what the server (`make_replica` of the same) is like at it."""
     each = objectives.ttft_seconds, objectives.per_token_seconds
     highest = replica.highest_rate(*each, share)
     least = 1e-6 * replica.saturation
@@ -177,8 +183,8 @@ def make_plan(cost: Cost, mix: Mix, limits: Limits, objectives: Objectives, shar
 
 
 class Outlook:
-    """The plan of a running server. Call `step` from the thread that steps the engine, since it reads the curve that the
-    engine is refining; call the object from anywhere for the last plan, empty until a request has finished.
+    """The plan of a running server. `step` belongs to the thread that steps the engine, since it reads the curve that the
+    engine is refining; the rest is done when somebody asks, on any thread. Empty until a request has finished.
     """
 
     def __init__(
@@ -186,7 +192,8 @@ class Outlook:
     ) -> None:
         self._cost, self._limits, self._objectives, self._clock = cost, limits, objectives, clock
         self._renewed = -math.inf
-        self._latest: dict[str, Any] = {}
+        self._known: tuple[Replica, Mix] | None = None
+        self._planned: tuple[Replica, dict[str, Any]] | None = None
 
     def step(self, metrics: Metrics) -> None:
         if self._clock() - self._renewed < _RENEWED_SECONDS:
@@ -194,10 +201,16 @@ class Outlook:
         mix = Mix.of_metrics(read(metrics))
         if mix is not None:
             self._renewed = self._clock()
-            self._latest = make_plan(self._cost, mix, self._limits, self._objectives).as_json()
+            self._known = make_replica(self._cost, mix, self._limits), mix
 
     def __call__(self) -> dict[str, Any]:
-        return self._latest
+        known, planned = self._known, self._planned
+        if known is None:
+            return {}
+        replica, mix = known
+        if planned is None or planned[0] is not replica:
+            self._planned = planned = replica, make_plan(replica, mix, self._limits, self._objectives).as_json()
+        return planned[1]
 
 
 def _context(mix: Mix) -> float:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dspark.errors import InvalidRequest
 
 Floats = NDArray[np.float64]
-_BISECTIONS = 40
+_BISECTIONS = 24
 _MOST_OTHERS = 8  # arrivals during one pass that are told apart
 
 

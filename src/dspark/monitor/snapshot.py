@@ -39,11 +39,15 @@ _GAUGES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Where the dashboard raises an alert; the rules in monitoring/ have the same."""
+    """Where the dashboard raises an alert, and how much must have been seen before it does; the rules in monitoring/ have
+    the same limits and wait longer.
+    """
 
     calibration_error: float = 0.05
     speedup: float = 1.0
     kv_usage: float = 0.95
+    num_judged: int = 1000  # draft tokens, for calibration_error
+    num_seconds: float = 30.0  # of steps with drafts, for speedup
 
 
 class Snapshots:
@@ -130,9 +134,11 @@ class Snapshots:
         for name, count in values.items():
             if name.startswith("dspark_drift_alarms_total|") and count:
                 tell("ticket", "Drift", " ".join(name.split("|")[1:]).replace("_", " "))
-        if gauges["calibration_error"] > limits.calibration_error:
+        num_judged = sum(v for name, v in values.items() if name.startswith("dspark_confidence_tokens_total|"))
+        if gauges["calibration_error"] > limits.calibration_error and num_judged >= limits.num_judged:
             tell("ticket", "CalibrationDrift", f"confidences are off by {gauges['calibration_error']:.3f} on average")
-        if gauges["speedup"] < limits.speedup:
+        num_seconds = values.get("dspark_speculative_seconds_total", 0.0)
+        if gauges["speedup"] < limits.speedup and num_seconds >= limits.num_seconds:
             tell("ticket", "SpeculationHurts", f"{gauges['speedup']:.2f}x of plain decoding's speed")
         if gauges["kv_usage"] > limits.kv_usage:
             tell("page", "KvSaturation", f"{gauges['kv_usage']:.0%} of the KV slots are in use")
