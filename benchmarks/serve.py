@@ -235,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "dspark", "serve", options.target, "--port", str(port)]
         command += ["--drafter", options.drafter, "--scheduler", options.scheduler, "--dtype", options.dtype]
         command += ["--threads", str(options.threads), "--served-model-name", "ours"]
+        command += ["--prefix-tokens", "0"]  # turns repeat their prompts, which nobody shall profit from
         url = stack.enter_context(started(command, port, "/ready"))
         for clients in map(int, options.clients.split(",")):
             loads += _beside_engine(engine, url, texts, clients, options)

@@ -172,6 +172,7 @@ class Request:
     finish_reason: str | None = None
     text: Any = field(default=None, repr=False)  # the engine's running translation into text
     matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
+    num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
 
     @property
     def pending(self) -> list[int]:
@@ -306,6 +307,8 @@ class StepRecord:
     num_waiting: int = 0
     num_free_slots: int = 0
     num_preempted: int = 0
+    num_prefix_asked: int = 0  # prompt tokens of requests that began in this step, looked up in the prefix cache
+    num_prefix_found: int = 0  # of which the target need not read
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: draft, schedule, target, verify, commit
 
     @property

@@ -213,3 +213,14 @@ def test_first_token_acceptance_by_class_of_request():
     v = values(m)
     found = [v[f"dspark_class_{n}_total.{c}"] for c in ("greedy", "sampled") for n in ("drafts", "first_token_hits")]
     assert found == [2, 1, 0, 0]
+
+
+def test_the_share_of_prompts_found_in_the_prefix_cache():
+    m = metrics()
+    assert math.isnan(values(m)["dspark_prefix_hit_ratio"])
+    m.step(step(num_prefix_asked=100, num_prefix_found=64))
+    m.step(step(num_prefix_asked=100, num_prefix_found=0))
+    m.step(step())
+    v = values(m)
+    assert (v["dspark_prefix_asked_tokens_total"], v["dspark_prefix_found_tokens_total"]) == (200, 64)
+    assert v["dspark_prefix_hit_ratio"] == pytest.approx(0.32, abs=0.001)

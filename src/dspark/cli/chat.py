@@ -17,6 +17,8 @@ from dspark.errors import DSparkError
 if TYPE_CHECKING:
     from dspark import Engine, SamplingParams
 
+_REMEMBERED = 8192  # tokens; the conversation so far is not read again for every answer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_model_arguments(parser)
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with progress(f"loading {args.target}", args.no_color):
-        engine = generate.make_engine(args)
+        engine = generate.make_engine(args, prefix_tokens=_REMEMBERED)
         params = generate.sampling_params(args)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then edits lines and remembers them

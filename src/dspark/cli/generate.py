@@ -153,7 +153,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
-def make_engine(args: argparse.Namespace) -> Engine:
+def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
     """Load the models that the flags name."""
     import torch
 
@@ -169,7 +169,8 @@ def make_engine(args: argparse.Namespace) -> Engine:
         from_pretrained["trust_remote_code"] = True
     target = load_target(args.target, dtype=args.dtype, device=args.device, **from_pretrained)
     drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target)
-    return Engine(target, drafter, scheduler=args.scheduler, rule=args.rule, compile=args.compile)
+    options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile}
+    return Engine(target, drafter, **options, prefix_tokens=prefix_tokens)
 
 
 def _stream(engine: Engine, prompt: Any, params: SamplingParams, args: argparse.Namespace) -> _Run:

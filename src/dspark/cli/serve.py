@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", type=_positive, metavar="N", help="prompt and output (default: the target's)"
     )
     engine.add_argument("--num-slots", type=_positive, metavar="N", help="tokens that the KV cache holds")
+    engine.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens of past requests kept, so that the next turn need not read them again; 0: none (16384)",
+    )
     engine.add_argument("--seed", type=int, metavar="N", help="for requests without one (default: a new one for each)")
     engine.add_argument("--compile", action="store_true", help="compile the models first: slow start, faster steps")
     engine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
@@ -176,6 +183,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         num_slots=args.num_slots,
+        prefix_tokens=args.prefix_tokens,
         compile=args.compile,
         **options,
     )

@@ -28,28 +28,28 @@ class Batcher:
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
 
-    def admit(self, num_free: int) -> None:
+    def admit(self, num_free: int) -> list[Request]:
         """Let waiting requests in while there are slots for all their tokens besides what the running ones may take."""
+        admitted: list[Request] = []
         promised = sum(len(r.pending) - 1 + self.lookahead for r in self.running)
         while self.waiting and len(self.running) < self.max_running:
             need = len(self.waiting[0].pending) - 1 + self.lookahead
             if promised + need > num_free:
                 break
             promised += need
-            self.running.append(self.waiting.popleft())
+            admitted.append(self.waiting.popleft())
+            self.running.append(admitted[-1])
+        return admitted
 
-    def preempt(self, num_free: int) -> list[Request]:
-        """Take the youngest requests out until this step is sure to fit; they wait first in line, in their old order.
+    def preempt(self, num_free: int) -> Request | None:
+        """Take the youngest request out if this step may not fit; it waits first in line. The caller frees its slots.
 
-        The caller releases their slots, which is why a request's own cached tokens count as found.
+        One at a time, because slots that it shares with others do not become free.
         """
-        taken: list[Request] = []
-        while len(self.running) > 1 and self._need() > num_free:
-            request = self.running.pop()
-            num_free += request.num_cached
-            self.waiting.appendleft(request)
-            taken.append(request)
-        return taken
+        if len(self.running) < 2 or self._need() <= num_free:
+            return None
+        self.waiting.appendleft(self.running.pop())
+        return self.waiting[0]
 
     def prompt_spans(self, num_decoding: int) -> list[tuple[Request, Span]]:
         """The next chunk of each prompt, within the tokens that decoding leaves; logits only where a prompt ends."""

@@ -24,6 +24,7 @@ from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
 from dspark.engine.drafting import Drafting
 from dspark.engine.machine import fingerprint, live_beliefs
+from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, render_prompt
 from dspark.errors import InvalidConfiguration, InvalidRequest
@@ -63,6 +64,7 @@ class Engine:
     max_num_seqs        requests decoded together at most
     max_num_batched_tokens  prompts are read in chunks that fill a step up to this many tokens
     num_slots           tokens that the KV cache can hold; None keeps the target's own limit
+    prefix_tokens       tokens of past requests that are kept so as not to read them again; 0: no prefix cache
     compile             compile target and drafter: faster steps after tens of seconds of warm-up
     observers           called with the StepRecord of every step
     """
@@ -77,6 +79,7 @@ class Engine:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         num_slots: int | None = None,
+        prefix_tokens: int = 0,
         compile: bool = False,
         observers: Sequence[Observer] = (),
         beliefs: Beliefs | None = None,
@@ -108,11 +111,14 @@ class Engine:
         lookahead = 1 + self.drafter.length
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise InvalidConfiguration("max_num_seqs and max_num_batched_tokens must be 1 or more")
+        if prefix_tokens < 0:
+            raise InvalidConfiguration(f"prefix_tokens must be 0 or more; got {prefix_tokens}")
         # The longest request must fit when it is alone, its speculative slots included.
         self.max_length = min(target.max_length, target.cache.limit - lookahead)
         if self.max_length < 2:
             raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
         self.batcher = Batcher(max_num_seqs, max_num_batched_tokens, lookahead)
+        self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.observers = list(observers)
         if compile:
             target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
@@ -214,7 +220,7 @@ class Engine:
         """Move every running request on by one target pass."""
         record = StepRecord()
         with _timed(record, "admit"):
-            record.num_preempted = self._make_room()
+            self._make_room(record)
             decoding = [r for r in self.batcher.running if not is_reading(r)]
             prompts = self.batcher.prompt_spans(len(decoding))
             record.load = self._load(record, decoding, prompts)
@@ -245,12 +251,28 @@ class Engine:
             observe(record)
         return record
 
-    def _make_room(self) -> int:
-        self.batcher.admit(self.target.num_free_slots)
-        preempted = self.batcher.preempt(self.target.num_free_slots)
-        for request in preempted:
-            self._forget(request)
-        return len(preempted)
+    def _make_room(self, record: StepRecord) -> None:
+        """Settle who runs in this step."""
+        if self.prefixes is not None:
+            for request in self.batcher.running:
+                self.prefixes.take_in(request)
+        for request in self.batcher.admit(self.target.num_free_slots):
+            self._look_up(record, request)
+        while (preempted := self.batcher.preempt(self.target.num_free_slots)) is not None:
+            self._forget(preempted)
+            record.num_preempted += 1
+
+    def _look_up(self, record: StepRecord, request: Request) -> None:
+        """Spare the target what it has read before."""
+        if self.prefixes is None:
+            return
+        features = self.prefixes.attach(request)
+        if features is not None:
+            self.drafting.keep_features(request, features)
+        if not request.generated:  # one that was preempted finds itself
+            record.num_prefix_asked += request.num_prompt_tokens
+            record.num_prefix_found += request.num_cached
+            request.num_prompt_found = request.num_cached
 
     def _load(self, record: StepRecord, decoding: list[Request], prompts: list[tuple[Request, Span]]) -> Load:
         record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
@@ -334,6 +356,8 @@ class Engine:
             is_run = chosen[-1] == len(chosen) - 1
             own = own[: len(chosen)] if is_run else own[torch.tensor(chosen, device=own.device)]
             self.drafting.keep_features(request, own)
+            if self.prefixes is not None:
+                self.prefixes.note(request, own)
 
     def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
         """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""
@@ -377,6 +401,10 @@ class Engine:
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
+        if self.prefixes is not None:
+            if request.finish_reason != "error":  # a step that raised may have left its books half written
+                self.prefixes.take_in(request)
+            self.prefixes.forget(request)
         self.target.release(request.id)
         self.drafting.forget(request)
         request.num_cached = 0

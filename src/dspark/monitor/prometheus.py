@@ -35,6 +35,7 @@ DRIFT_SIGNALS = ("first_token_acceptance", "target_logprob")
 OUTCOMES = ("equal", "explained", "unexplained", "unjudged", "abandoned")
 _OTHER = "other"
 _MEMORY_SECONDS = 60.0  # of steps, in the gauges that fade
+_MEMORY_PROMPT_TOKENS = 20_000.0  # of the hit ratio of prefixes
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 _LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
 
@@ -64,6 +65,7 @@ class Metrics:
         self.plain = PlainReference()
         self.reliability = Reliability()
         self.cost_error, self.regret = RecentRatio(_MEMORY_SECONDS), RecentRatio(_MEMORY_SECONDS)
+        self.prefix_hits = RecentRatio(_MEMORY_PROMPT_TOKENS)
         self._make_speculation()
         self._make_engine()
         self.requests = RequestMetrics(self.registry, objectives or Objectives())
@@ -134,6 +136,12 @@ class Metrics:
         self.passes = self._counter("dspark_decode_passes", "target passes of decoding requests, one each per step")
         self.committed = self._counter("dspark_committed_tokens", "tokens committed by decoding passes")
         self.prompt_tokens = self._counter("dspark_prompt_tokens", "prompt tokens read")
+        self.prefix_asked = self._counter("dspark_prefix_asked_tokens", "prompt tokens looked up in the prefix cache")
+        self.prefix_found = self._counter("dspark_prefix_found_tokens", "of which the target need not read")
+        prefix_hits = self._gauge(
+            "dspark_prefix_hit_ratio", "recent share of prompt tokens found; NaN without a look-up"
+        )
+        prefix_hits.set_function(lambda: self.prefix_hits.value)
         self.preempted = self._counter("dspark_preemptions", "requests put back into the queue for lack of slots")
         self.steps = self._histogram("dspark_step_seconds", "seconds per engine step", _STEP)
         phase = self._counter("dspark_phase_seconds", "seconds of engine steps, by phase", ["phase"])
@@ -199,6 +207,10 @@ class Metrics:
         self.kv_usage.set(1 - record.num_free_slots / self.num_slots)
         self.prompt_tokens.inc(record.num_prompt_tokens)
         self.preempted.inc(record.num_preempted)
+        if record.num_prefix_asked:
+            self.prefix_asked.inc(record.num_prefix_asked)
+            self.prefix_found.inc(record.num_prefix_found)
+            self.prefix_hits.add(record.num_prefix_found, record.num_prefix_asked)
         if not record.request_ids:
             return
         self._count_drafts(record)

@@ -50,9 +50,15 @@ DONE = b"data: [DONE]\n\n"
 
 def usage(requests: Sequence[Request], choices_per_prompt: int) -> dict[str, Any]:
     """Tokens of an answer; a prompt counts once, however many choices it has."""
-    prompt = sum(r.num_prompt_tokens for r in requests[::choices_per_prompt])
+    first = requests[::choices_per_prompt]
+    prompt = sum(r.num_prompt_tokens for r in first)
     completion = sum(len(r.tokens) - r.num_prompt_tokens for r in requests)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(r.num_prompt_found for r in first)},
+    }
 
 
 def speculation(request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where keys and values live: one slot per token, one pair of tensors per layer, and whose slot is whose.
+"""Where keys and values live: one slot per token, one pair of tensors per layer, and whose slots they are.
 
 The bookkeeping is on the host and the same for all layers; the tensors appear at a layer's first write, because only
 then are its sizes known (they may differ by layer, and between keys and values).
@@ -6,7 +6,8 @@ then are its sizes known (they may differ by layer, and between keys and values)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +26,7 @@ class _SlotList:
         self.array = np.zeros(64, dtype=np.int64)
         self.length = 0
 
-    def append(self, slots: Sequence[int]) -> None:
+    def append(self, slots: Sequence[int] | np.ndarray) -> None:
         end = self.length + len(slots)
         if end > len(self.array):
             self.array = np.concatenate([self.array, np.zeros(max(len(self.array), end), dtype=np.int64)])
@@ -33,8 +34,28 @@ class _SlotList:
         self.length = end
 
 
+class Spare(Protocol):
+    """Owns slots that others may have as soon as they need them."""
+
+    @property
+    def num_spare(self) -> int: ...
+
+    @property
+    def slots(self) -> Iterable[np.ndarray]:
+        """All that it owns, spare or not."""
+        ...
+
+    def give_back(self, num_slots: int) -> None:
+        """Give up at least so many slots, or all that are spare."""
+        ...
+
+    def retire(self) -> None:
+        """Give up all slots, those in use as soon as they are not."""
+        ...
+
+
 class KVCache:
-    """Slots of all requests, and the tensors behind them.
+    """Slots of all requests, and the tensors behind them. Requests that begin alike may share slots.
 
     limit    slots at most, over all requests; memory grows towards it as slots are used
     storage  by layer index: keys [slots allocated, KV, D] and values [slots allocated, KV, D of values]
@@ -49,9 +70,16 @@ class KVCache:
         self._free: list[int] = []  # a stack of slots that were used before
         self._num_touched = 0  # slots from here on have never been handed out
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
+        self._num_owners = np.zeros(limit, dtype=np.int32)  # by slot
+        self._spare: Spare | None = None
 
     @property
     def num_free_slots(self) -> int:
+        """Slots that `reserve` can give, those included that it would have to ask back for."""
+        return self._num_unowned + (0 if self._spare is None else self._spare.num_spare)
+
+    @property
+    def _num_unowned(self) -> int:
         return self.limit - self._num_touched + len(self._free)
 
     @property
@@ -80,6 +108,9 @@ class KVCache:
                 f"request {request_id} needs {num_slots} more slots and {self.num_free_slots} of {self.limit} are "
                 "free; run fewer requests at once, or raise the number of slots"
             )
+        if num_slots > self._num_unowned:
+            assert self._spare is not None
+            self._spare.give_back(num_slots - self._num_unowned)
         owned = self._owned.get(request_id)
         if owned is None:
             owned = self._owned[request_id] = _SlotList()
@@ -89,6 +120,7 @@ class KVCache:
         slots.extend(range(self._num_touched, self._num_touched + num_slots - num_reused))
         self._num_touched += num_slots - num_reused
         owned.append(slots)
+        self._num_owners[slots] = 1
         if self._num_touched > self._num_allocated:
             self._grow(self._num_touched)
         return owned.array[owned.length - num_slots : owned.length]
@@ -111,23 +143,49 @@ class KVCache:
         kept = [tail[i] for i in chosen]
         dropped = set(range(len(tail))).difference(chosen)
         assert start <= owned.length and len(kept) + len(dropped) == len(tail), "chosen must be distinct and in range"
-        self._free.extend(tail[i] for i in sorted(dropped, reverse=True))
+        if dropped:
+            self.give_up(np.array([tail[i] for i in sorted(dropped, reverse=True)]))
         owned.array[start : start + len(kept)] = kept
         owned.length = start + len(kept)
         if owned.length == 0:
             del self._owned[request_id]
 
     def release(self, request_id: int) -> None:
-        """Free all slots of a request. An unknown id is fine."""
+        """Give up all slots of a request. An unknown id is fine."""
         owned = self._owned.pop(request_id, None)
         if owned is not None:
-            self._free.extend(owned.array[: owned.length].tolist()[::-1])
+            self.give_up(owned.array[: owned.length][::-1])
+
+    def adopt(self, request_id: int, slots: np.ndarray) -> None:
+        """Let a request without slots begin with these, which others own as well."""
+        assert request_id not in self._owned, f"request {request_id} has slots already"
+        self._owned[request_id] = _SlotList()
+        self._owned[request_id].append(slots)
+        self.share(slots)
+
+    def share(self, slots: np.ndarray) -> None:
+        """One more owner of slots that have one."""
+        self._num_owners[slots] += 1
+
+    def give_up(self, slots: np.ndarray) -> None:
+        """One owner fewer; slots without any are free."""
+        self._num_owners[slots] -= 1
+        self._free.extend(slots[self._num_owners[slots] == 0].tolist())
+
+    def lend_spare_slots_to(self, spare: Spare) -> None:
+        """Slots may lie with `spare` until somebody needs them. There is one such at a time: an earlier one retires."""
+        if self._spare is not None:
+            self._spare.retire()
+        self._spare = spare
 
     def resize(self, limit: int) -> None:
         """Set the number of slots and give the memory back; only while no request has any."""
         assert not self._owned, f"requests {self.request_ids} still have slots"
         assert limit > 0, "a cache has at least one slot"
+        if self._spare is not None:
+            self._spare.give_back(self.limit)
         self.limit, self._free, self._num_touched = limit, [], 0
+        self._num_owners = np.zeros(limit, dtype=np.int32)
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
         for layer, (keys, values) in self.storage.items():
             self.storage[layer] = (self._empty_like(keys), self._empty_like(values))
@@ -142,10 +200,16 @@ class KVCache:
         return self.storage[layer]
 
     def check(self) -> None:
-        """Every slot that was ever handed out is owned exactly once or free exactly once."""
-        owned = [slot for request_id in self._owned for slot in self.slots_of(request_id).tolist()]
-        seen = sorted(self._free + owned)
-        assert seen == list(range(self._num_touched)), "a slot was lost, or has two owners"
+        """Every slot that was ever handed out is free exactly once or has exactly the owners that it is said to have."""
+        num_owners = np.zeros(self._num_touched, dtype=np.int32)
+        spare = [] if self._spare is None else list(self._spare.slots)
+        for slots in (*map(self.slots_of, self._owned), *spare):
+            assert len(set(slots.tolist())) == len(slots), "a slot occurs twice in one request"
+            num_owners[slots] += 1
+        assert num_owners.tolist() == self._num_owners[: self._num_touched].tolist(), (
+            "a slot was lost, or is owned twice"
+        )
+        assert sorted(self._free) == np.flatnonzero(num_owners == 0).tolist(), "a slot was lost, or is free and owned"
         assert self._num_touched <= self._num_allocated <= self.limit, "more slots in use than there is memory for"
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
