@@ -68,7 +68,7 @@ def gather(options: argparse.Namespace, closing: ExitStack, say: Say) -> Lineup:
         return options.only is None or any(word in name for word in options.only.split(","))
 
     # vLLM first: it is stopped as soon as it has loaded, so that nobody loads or compiles against it.
-    peers = _load_vllm(options, lineup, is_wanted, closing, say)
+    peers = load_vllm(options, lineup, is_wanted, closing, say)
     lineup.contenders += _load_ours(options, is_wanted, say)
     lineup.contenders += _load_transformers(options, lineup, is_wanted, say)
     lineup.contenders += peers
@@ -118,9 +118,10 @@ def _load_transformers(
     return contenders
 
 
-def _load_vllm(
+def load_vllm(
     options: argparse.Namespace, lineup: Lineup, is_wanted: Callable[[str], bool], closing: ExitStack, say: Say
 ) -> list[Contender]:
+    """vLLM's CPU build in the modes that options name, each in a process of its own that stops when it is not asked."""
     peers: list[Contender] = []
     for mode in options.vllm_modes.split(","):
         name = f"vllm {mode}"

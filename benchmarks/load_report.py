@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load_loops import Served, Slice
+from benchmarks.load_loops import Arrivals, Slice
 
 # Two-sided 95 % of Student's t by degrees of freedom.
 _T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
@@ -17,7 +17,10 @@ _T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy at one load. ratio: speed over that of `off` in the same repeat, mean and half its 95 % interval."""
+    """One policy at one load. ratio: speed over that of `off` in the same repeat, mean and half its 95 % interval.
+
+    What is not known of a peer is 0.
+    """
 
     policy: str
     num_requests: int
@@ -33,12 +36,16 @@ class Cell:
     scheduling: float
 
 
-def cell(policy: str, num_requests: int, slices: Sequence[Slice], plain: Sequence[Slice]) -> Cell:
+def cell(
+    policy: str, num_requests: int, slices: Sequence[Slice], all_slices: Mapping[tuple[str, int], Sequence[Slice]]
+) -> Cell:
+    # Whole batches are compared with whole batches.
+    plain = all_slices["batch: off" if policy.startswith("batch: ") else "off", num_requests]
     # Logarithms, so that twice as fast and half as fast are as far from equal.
     logs = [math.log(s.tokens_per_second / p.tokens_per_second) for s, p in zip(slices, plain, strict=True)]
     mean = statistics.mean(logs)
     within = _T[min(len(logs) - 2, len(_T) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0
-    decoded, verified = sum(s.decoded for s in slices), sum(s.verified for s in slices)
+    decoded, verified = max(1, sum(s.decoded for s in slices)), sum(s.verified for s in slices)
     accepted, predicted = sum(s.accepted for s in slices), sum(s.predicted_accepted for s in slices)
     errors = [e for s in slices for e in s.cost_error]
     seconds = sum(s.seconds for s in slices)
@@ -81,7 +88,7 @@ def verdicts(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def show(console: Any, cells: Sequence[Cell], served: Mapping[str, Sequence[tuple[float, list[Served]]]]) -> None:
+def show(console: Any, cells: Sequence[Cell], served: Mapping[str, Sequence[Arrivals]]) -> None:
     from rich.table import Table
 
     for num_requests in sorted({c.num_requests for c in cells}):
@@ -99,28 +106,30 @@ def show(console: Any, cells: Sequence[Cell], served: Mapping[str, Sequence[tupl
         console.print(table)
     if served:
         table = Table(title="Poisson arrivals", title_justify="left")
-        for head in ("policy", "requests/s", "served", "tokens/s per request", "first token s", "slowest tenth s"):
+        heads = ("policy", "requests/s", "served", "unfinished", "tokens/s per request", "first token s")
+        for head in (*heads, "slowest tenth s"):
             table.add_column(head, justify="left" if head == "policy" else "right")
         for policy, runs in served.items():
-            for per_second, requests in runs:
-                table.add_row(policy, f"{per_second:.2f}", *_latencies(requests))
+            for run in runs:
+                table.add_row(policy, f"{run.per_second:.2f}", *_latencies(run))
         console.print(table)
     for line in verdicts(cells):
         console.print(line)
 
 
-def _latencies(requests: Sequence[Served]) -> list[str]:
-    if not requests:
-        return ["0", "", "", ""]
-    speed = statistics.median(r.num_tokens / r.seconds for r in requests)
-    first = statistics.median(r.first_token_seconds for r in requests)
-    slowest = sorted(r.seconds for r in requests)[int(0.9 * (len(requests) - 1))]
-    return [str(len(requests)), f"{speed:.0f}", f"{first:.3f}", f"{slowest:.2f}"]
+def _latencies(run: Arrivals) -> list[str]:
+    counts = [str(len(run.served)), str(run.num_unfinished)]
+    if not run.served:
+        return [*counts, "", "", ""]
+    speed = statistics.median(r.num_tokens / r.seconds for r in run.served)
+    first = statistics.median(r.first_token_seconds for r in run.served)
+    slowest = sorted(r.seconds for r in run.served)[int(0.9 * (len(run.served) - 1))]
+    return [*counts, f"{speed:.0f}", f"{first:.3f}", f"{slowest:.2f}"]
 
 
 def as_json(
     cells: Sequence[Cell],
-    served: Mapping[str, Sequence[tuple[float, list[Served]]]],
+    served: Mapping[str, Sequence[Arrivals]],
     slices: Mapping[tuple[str, int], Sequence[Slice]],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -132,10 +141,7 @@ def as_json(
             {"policy": policy, "requests": n, "repeats": [s.tokens_per_second for s in of_policy]}
             for (policy, n), of_policy in slices.items()
         ],
-        "open": {
-            policy: [{"per_second": rate, "served": [asdict(r) for r in requests]} for rate, requests in runs]
-            for policy, runs in served.items()
-        },
+        "open": {policy: [asdict(run) for run in runs] for policy, runs in served.items()},
     }
 
 
@@ -151,6 +157,8 @@ def plot(path: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> None:
         own = [c for c in cells if c.policy == policy]
         loads = [c.num_requests for c in own]
         style: dict[str, Any] = dict(marker="o", markersize=4, label=policy)
+        if policy.startswith("batch: "):  # not the same work: prompts are read on the way
+            continue
         if policy == "auto":
             style |= dict(linewidth=3, color="#2a9d5c", zorder=5)
         elif policy == "off":

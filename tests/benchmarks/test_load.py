@@ -1,0 +1,52 @@
+"""The load benchmark's loops over a tiny model, and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks.load import parse
+from benchmarks.load_loops import Slice, Workload, closed_loop, open_loop
+from benchmarks.load_report import cell, verdicts
+from dspark.engine.engine import Engine
+from engine.models import random_target
+
+WORK = dict(prompts=[[3, 1, 4], [1, 5]], seed=0, shortest=4, longest=8)
+
+
+def slices(policy: str, *speeds: float) -> dict[tuple[str, int], list[Slice]]:
+    return {(policy, 4): [Slice(seconds=1.0, tokens=s, decoded=10, verified=20, accepted=5) for s in speeds]}
+
+
+def test_ratios_are_of_the_same_repeat():
+    every = slices("off", 100, 50) | slices("fixed:3", 150, 75) | slices("auto", 200, 100)
+    cells = [cell(policy, n, own, every) for (policy, n), own in every.items()]
+    assert [c.ratio for c in cells] == [pytest.approx(1), pytest.approx(1.5), pytest.approx(2)]
+    assert all(c.ratio_within == pytest.approx(0, abs=1e-9) for c in cells)  # twice as fast in either repeat
+    assert (cells[1].budget, cells[1].tau, cells[1].wasted) == (2.0, 1.5, 0.75)
+    each, sweep = verdicts(cells)
+    assert "auto at 1.333 of the best fixed choice (fixed:3)" in each and "+33.3 % against fixed:3" in sweep
+
+
+def test_whole_batches_are_compared_with_whole_batches():
+    every = slices("off", 100) | slices("batch: off", 50) | slices("batch: vllm compiled", 150)
+    assert cell("batch: vllm compiled", 4, every["batch: vllm compiled", 4], every).ratio == pytest.approx(3)
+
+
+def test_loops_leave_nothing_behind(tmp_path):
+    target = random_target(tmp_path)
+    engine = Engine(target)
+    measured = closed_loop(engine, Workload(**WORK), num_requests=3, num_tokens=30)
+    assert 30 <= measured.tokens < 33 and 0 < measured.decoded <= 3 * measured.steps and measured.seconds > 0
+    assert not engine.has_work
+    began = time.monotonic()
+    found = open_loop(engine, Workload(**WORK), per_second=1e4, seconds=0.2)  # far more than it can serve
+    assert found.num_unfinished > 0 and time.monotonic() - began < 30
+    assert all(4 <= r.num_tokens <= 8 and 0 < r.first_token_seconds <= r.seconds for r in found.served)
+    assert not engine.has_work and target.num_free_slots == target.cache.limit
+
+
+def test_quick_is_quick_and_off_takes_part():
+    options = parse(["--quick", "--policies", "auto"])
+    assert options.policies == ["off", "auto"] and options.minutes < 3 and not options.poisson
