@@ -72,13 +72,14 @@ class AcceptanceMap:
             logits = self.calibration.logits(draft.confidence, None if draft.parents is None else depth)
         logits = logits.double().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
         if draft.parents is None:
-            total = logits.cumsum(1)
+            total = logits.numpy().cumsum(1)
         else:
-            total = along_paths(draft, logits.new_zeros(len(logits)), lambda before, k: before + logits[:, k])
-        ancestors = (total - logits) / (depth - 1).clamp_min(1)
-        return Stated(logits.numpy(), ancestors.numpy(), place, own)
+            start = logits.new_zeros(len(logits))
+            total = along_paths(draft, start, lambda before, k: before + logits[:, k]).numpy()
+        ancestors = (total - logits.numpy()) / np.maximum(depth.numpy() - 1, 1)
+        return Stated(logits.numpy(), ancestors, place, own)
 
-    def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int]) -> Array:
+    def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
         """[len(rows), K]  P(accepted | ancestors accepted) of these requests' tokens."""
         slopes, offsets, own_share, ancestor_share = self.tables(learner)
         place = stated.place[rows]

@@ -63,14 +63,16 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Labels:
-    """N draft tokens that were verified and reached; rounds has the class of each draft."""
+class _Outcome:
+    """What came of a step's drafts, until it is learned: N draft tokens [rows, columns] were verified and reached."""
 
-    features: Array
+    asked: _Asked
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
     happened: Array
-    weights: Array
-    classes: NDArray[Any]
-    rounds: list[str]
+    believed: Array
+    chosen: NDArray[np.bool_] | None  # [B, K] by the scheduler, before whole drafts were drawn
+    drafts: list[int]  # rows with any such token
 
 
 class LiveBeliefs:
@@ -97,7 +99,8 @@ class LiveBeliefs:
         self._own = OwnRecords()
         self._random = np.random.default_rng(seed)
         self._asked: _Asked | None = None
-        self._waiting: list[_Labels] = []
+        self._waiting: list[_Outcome] = []
+        self._num_waiting = 0  # drafts in them
         self._sum_weights = self._sum_squares = 0.0
         self._logged_at: dict[str, float] = {}  # class -> its rounds at the last alarm
         self._has_warned = False
@@ -108,10 +111,13 @@ class LiveBeliefs:
         """[B, K]  P(token and all its ancestors are accepted); entry k depends on tokens before k only."""
         stated = self.map.read(draft, self._own.offsets(requests))
         classes = [self._class_of(r) for r in requests]
-        believed = np.empty(stated.logits.shape)
-        for name in dict.fromkeys(classes):
-            rows = [b for b, other in enumerate(classes) if other == name]
-            believed[rows] = self.map.apply(self.classes[name], stated, rows)
+        if len(set(classes)) == 1:
+            believed = self.map.apply(self.classes[classes[0]], stated, slice(None))
+        else:
+            believed = np.empty(stated.logits.shape)
+            for name in dict.fromkeys(classes):
+                rows = [b for b, other in enumerate(classes) if other == name]
+                believed[rows] = self.map.apply(self.classes[name], stated, rows)
         self._asked = _Asked(list(requests), [len(r.tokens) for r in requests], classes, stated, believed)
         return survival_of(draft, torch.from_numpy(believed))
 
@@ -126,10 +132,12 @@ class LiveBeliefs:
             return
         if record.request_ids != [r.id for r in asked.requests] or not record.kept.shape[1]:
             return
-        labels = self._labels(asked, record, record.kept, record.accepted_nodes)
-        if labels is not None:
-            self._waiting.append(labels)
-        if sum(len(labels.rounds) for labels in self._waiting) >= self.settings.rounds_per_update:
+        outcome = self._outcome(asked, record, record.kept, record.accepted_nodes)
+        self._own.note(asked.requests, asked.stated.own, outcome.rows, outcome.believed, outcome.happened)
+        if outcome.drafts:
+            self._waiting.append(outcome)
+            self._num_waiting += len(outcome.drafts)
+        if self._num_waiting >= self.settings.rounds_per_update:
             self.learn_waiting()
 
     # -- learning -------------------------------------------------------------------------------------------------------
@@ -138,10 +146,15 @@ class LiveBeliefs:
         """Take in the outcomes that have been collected."""
         if not self._waiting:
             return
-        x, y, w = (np.concatenate([getattr(n, f) for n in self._waiting]) for f in ("features", "happened", "weights"))
-        classes = np.concatenate([n.classes for n in self._waiting])
-        rounds = [name for n in self._waiting for name in n.rounds]
+        x = np.concatenate([self.map.features(o.asked.stated, o.rows, o.columns) for o in self._waiting])
+        w = np.concatenate([self._weights(o) for o in self._waiting])
+        y, believed = (np.concatenate([getattr(o, f) for o in self._waiting]) for f in ("happened", "believed"))
+        places = np.concatenate([o.asked.stated.place[o.rows, o.columns] for o in self._waiting])
+        classes = np.array([o.asked.classes[b] for o in self._waiting for b in o.rows], dtype=object)
+        rounds = [o.asked.classes[b] for o in self._waiting for b in o.drafts]
         self._waiting.clear()
+        self._num_waiting = 0
+        self.running_error.add(places, believed, y)
         w = w * self._fair_share(w)
         for name in dict.fromkeys((_EVERYONE, *rounds)):
             rows = np.ones(len(y), bool) if name == _EVERYONE else classes == name
@@ -160,25 +173,29 @@ class LiveBeliefs:
             )
         self._logged_at[name] = learner.num_rounds
 
-    def _labels(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Labels | None:
-        before = parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()) > 0
-        seen = (kept & before).numpy()
+    def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
+        happened = accepted.numpy()
+        if record.parents is None:
+            before = np.ones_like(happened)
+            before[:, 1:] = happened[:, :-1]
+        else:
+            before = parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()).numpy() > 0
+        seen = kept.numpy() & before
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
                 seen[b] &= asked.stated.place[b] < len(request.tokens) - asked.num_tokens[b]
         rows, columns = np.nonzero(seen)
-        happened, believed = accepted.numpy()[rows, columns].astype(np.float64), asked.believed[rows, columns]
-        self._own.note(asked.requests, asked.stated.own, rows, believed, happened)
-        if not len(rows):
-            return None
-        weights = np.ones(len(rows))
-        if record.chosen is not None:
-            weights[~record.chosen.numpy()[rows, columns]] = self._weight_if_drawn
-            self.num_full += int((record.chosen != kept).any(1).sum())
-        self.running_error.add(asked.stated.place[rows, columns], believed, happened)
-        features = self.map.features(asked.stated, rows, columns)
-        classes = np.array([asked.classes[b] for b in rows], dtype=object)
-        return _Labels(features, happened, weights, classes, [asked.classes[b] for b in sorted({*rows.tolist()})])
+        chosen = None if record.chosen is None else record.chosen.numpy()
+        if chosen is not None and record.chosen is not record.kept:
+            self.num_full += int((chosen != kept.numpy()).any(1).sum())
+        labels = happened[rows, columns].astype(np.float64), asked.believed[rows, columns]
+        return _Outcome(asked, rows, columns, *labels, chosen, sorted({*rows.tolist()}))
+
+    def _weights(self, outcome: _Outcome) -> Array:
+        weights = np.ones(len(outcome.rows))
+        if outcome.chosen is not None:
+            weights[~outcome.chosen[outcome.rows, outcome.columns]] = self._weight_if_drawn
+        return weights
 
     @property
     def _weight_if_drawn(self) -> float:

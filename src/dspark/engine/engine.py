@@ -301,7 +301,8 @@ class Engine:
             if self._explores:
                 whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
                 record.chosen = keep
-                keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
+                if whole.any():
+                    keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
             record.predicted_accepted = float((record.survival * keep).sum())
             record.num_tokens += int(keep.sum())
         if self.capacity.is_known and record.num_tokens:
