@@ -8,13 +8,15 @@ counter-based: Philox4x32-10 (Salmon et al., SC 2011), the one GPUs and Triton u
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 # Independent streams. The rejection rule must never share one between its three draws at a position (vllm#47386).
 COUPLED, DRAFT, RESIDUAL, ACCEPT = 0, 1, 2, 3
+
+keyed_uniform: Callable[..., Tensor] | None = None  # the same numbers from C++, once target/native.py has built it
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,11 +44,14 @@ def gumbel(
     seed: int, first_position: int, num_positions: int, vocab_size: int, stream: int, device: torch.device
 ) -> Tensor:
     """[num_positions, V] float32, standard Gumbel, always finite."""
-    quads = torch.arange((vocab_size + 3) // 4, device=device)
-    positions = torch.arange(first_position, first_position + num_positions, device=device)[:, None]
-    words = philox((quads, positions, stream, 0), _key(seed))  # the first rounds are cheap: their words still broadcast
     # 1 - u in place of u: single precision resolves the end that makes large noise; the clamp keeps the other finite.
-    complement = torch.stack(words, -1).flatten(1)[:, :vocab_size].float().add_(0.5).mul_(2.0**-32)
+    if keyed_uniform is not None and device.type == "cpu":
+        complement = keyed_uniform(*_key(seed), first_position, num_positions, vocab_size, stream)
+    else:
+        quads = torch.arange((vocab_size + 3) // 4, device=device)
+        positions = torch.arange(first_position, first_position + num_positions, device=device)[:, None]
+        words = philox((quads, positions, stream, 0), _key(seed))  # first rounds are cheap: their words still broadcast
+        complement = torch.stack(words, -1).flatten(1)[:, :vocab_size].float().add_(0.5).mul_(2.0**-32)
     return complement.clamp_max_(1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
 
 

@@ -1,4 +1,4 @@
-"""The C++ attention kernel against the torch form of the same attention, and against itself in other company."""
+"""The C++ kernels against torch: attention, also against itself in other company, and noise, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dspark import noise
 from dspark.target import attention, native
 from dspark.target.plan import Group, Visibility
 
@@ -143,3 +144,13 @@ def test_a_missing_compiler_is_said_and_torch_goes_on(
     native.load.cache_clear()
     case = Case([4], [2], torch.float32)
     assert case.run().isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 1000])
+def test_noise_has_the_same_bits_as_without_the_kernel(vocab_size, monkeypatch):
+    for seed, position, stream in ((0, 0, 0), (2**63 - 1, 2**20 + 3, 2), (12345, 7, 1)):
+        rows = []
+        for kernel in (torch.ops.dspark.keyed_uniform, None):
+            monkeypatch.setattr(noise, "keyed_uniform", kernel)
+            rows.append(noise.gumbel(seed, position, 6, vocab_size, stream, torch.device("cpu")))
+        assert torch.equal(*rows)

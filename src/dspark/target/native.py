@@ -1,4 +1,4 @@
-"""The C++ kernel for attention on CPU: built once per machine with the compiler that torch.compile needs anyway."""
+"""The C++ kernels for CPU: built once per machine with the compiler that torch.compile needs anyway."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from dspark import noise
+
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "csrc" / "slot_attention.cpp"
+_SOURCES = [Path(__file__).parent / "csrc" / name for name in ("slot_attention.cpp", "keyed_noise.cpp")]
 _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-attributes"]
 
 attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
@@ -26,16 +28,17 @@ attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
 
 @cache
 def load() -> bool:
-    """Make `attend_slots` available, compiling it if this machine has not yet (about ten seconds). Whether it worked."""
+    """Make the kernels available, compiling them if this machine has not yet (about ten seconds). Whether it worked."""
     global attend_slots
     try:
         torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        _log.warning("attention runs without its C++ kernel: %s", reason.strip().splitlines()[-1])
+        _log.warning("attention and noise run without their C++ kernels: %s", reason.strip().splitlines()[-1])
         return False
     torch.library.register_fake("dspark::attend_slots", _shape)
     attend_slots = torch.ops.dspark.attend_slots
+    noise.keyed_uniform = torch.ops.dspark.keyed_uniform
     return True
 
 
@@ -46,15 +49,15 @@ def _build() -> Path:
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = [_SOURCE.read_text(), *_FLAGS, abi, torch.__version__, version, _processor()]
-    path = _folder() / f"slot_attention-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
+    parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, abi, torch.__version__, version, _processor()]
+    path = _folder() / f"kernels-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes may build at once: the rename is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [*shlex.split(compiler), *_FLAGS, abi, *include, str(_SOURCE), "-o", str(built), *link]
+        command = [*shlex.split(compiler), *_FLAGS, abi, *include, *map(str, _SOURCES), "-o", str(built), *link]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
         built.rename(path)
     return path
