@@ -31,6 +31,12 @@ def test_history_that_ends_in_the_middle_of_a_day_keeps_its_phase():
     assert demand.median == pytest.approx(2 + np.sin(2 * np.pi * np.arange(len(hours), len(hours) + 30) / 24))
 
 
+def test_a_new_level_is_believed_soon():
+    hours = np.arange(24 * 6)
+    rates = (2 + np.sin(2 * np.pi * hours / 24)) * np.where(hours < 24 * 4, 1.0, 2.0)
+    assert 1.7 < forecast(rates).median.mean() / rates[:24].mean() < 2
+
+
 def test_weekends_are_told_apart_after_three_weeks():
     hours = np.arange(24 * 7 * 4)
     rates = np.where(hours // 24 % 7 < 5, 4.0, 1.0)

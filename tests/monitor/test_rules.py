@@ -67,6 +67,19 @@ def test_promtool_accepts_rules_and_their_tests():
 
 
 @promtool
+def test_prometheus_understands_grafanas_queries(tmp_path):
+    dashboard = json.loads((FOLDER / "grafana" / "dashboards" / "dspark.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    rules = [
+        {"record": f"query:{i}", "expr": query.replace("$__rate_interval", "5m").replace("$instance", ".*")}
+        for i, query in enumerate(queries)
+    ]
+    (tmp_path / "queries.yml").write_text(json.dumps({"groups": [{"name": "g", "rules": rules}]}))  # JSON is YAML
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "queries.yml"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@promtool
 def test_the_unit_tests_notice_a_rule_that_is_wrong(tmp_path):
     for name in ("rules.yml", "rules_test.yml"):
         (tmp_path / name).write_text((RULES.parent / name).read_text().replace("< 0.85 *", "< 0.3 *"))

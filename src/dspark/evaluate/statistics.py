@@ -75,8 +75,8 @@ def ratio_of_rates(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Inte
         return logs
 
     value = float(log_ratio(pair.sum(1)))
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    resampled = log_ratio(np.einsum("rn,cnk->crk", weights, pair)) - value
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _RESAMPLES).astype(float)
+    resampled = log_ratio(weights @ pair) - value
     wider = math.sqrt(n / (n - 1)) * _t_quantile(n - 1, confidence) / NormalDist().inv_cdf((1 + confidence) / 2)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2]) * wider
     return Interval(math.exp(value), math.exp(value + low), math.exp(value + high))
