@@ -3,7 +3,7 @@
     python benchmarks/calibration.py --quick
     python benchmarks/calibration.py --data DATA --recipe recipes/tiny/text.toml --json calibration.json --plot calibration
 
-`--plot PREFIX` writes PREFIX-worth.svg and PREFIX-recovery.svg.
+`--plot PREFIX` writes PREFIX-worth.png and PREFIX-recovery.png.
 
 Drafts are recorded once from the real engine, at every token of every text, and replayed with the measured cost of
 steps. Half of the texts of each domain fit the calibrations, the others are served.
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", default="tiny")
     add("--drafter", default="dspark")
+    add("--dtype", default="float32", help="(default: float32, in which texts do not depend on their company)")
     add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
     add("--data", type=Path, help="instead of --prompts: a training data folder, whose held-out 2 %% are asked")
     add("--recipe", type=Path, help="TOML with the sources of --data, their domains and shares")
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def models() -> tuple[Target, Drafter]:
         if not loaded:
-            target = load_target(options.target)
+            target = load_target(options.target, dtype=options.dtype)
             loaded.append((target, load_drafter(options.drafter, target)))
         return loaded[0]
 

@@ -113,7 +113,7 @@ def conclusion(found: dict[str, Any]) -> list[str]:
 
 
 def save_plots(prefix: Path, found: dict[str, Any]) -> None:
-    """PREFIX-worth.svg and PREFIX-recovery.svg."""
+    """PREFIX-worth.png and PREFIX-recovery.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,5 +165,5 @@ def _save(pyplot: Any, figure: Any, prefix: Path, name: str) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     figure.tight_layout()
-    figure.savefig(prefix.with_name(f"{prefix.name}-{name}.svg"))
+    figure.savefig(prefix.with_name(f"{prefix.name}-{name}.png"), dpi=110)
     pyplot.close(figure)

@@ -55,7 +55,7 @@ class Serving:
 def test_within_200_steps_of_a_switch_beliefs_and_prices_are_right_again() -> None:
     serving = Serving()
     serving.run(World(num_requests=8), 400)
-    assert serving.cost_error() < 0.05
+    assert serving.cost_error() < 0.10
     after = World(num_requests=8, slope=0.5, offsets=(-0.8,) * 7, seed=5)
     serving.slowness = 2.0
     assert after.calibration_error(serving.live) > 0.08 and serving.cost_error() > 0.4

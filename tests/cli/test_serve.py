@@ -48,8 +48,10 @@ def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
         process.stderr.close()
 
 
-def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits() -> None:
+def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
+    beliefs = tmp_path / "beliefs.json"
     options = ("--max-num-seqs", "2", "--served-model-name", "mine", "--max-model-len", "200", "--seed", "5")
+    options += ("--beliefs", str(beliefs))
     with running(*options, DSPARK_API_KEY="key") as (url, process, lines):
         headers = {"Authorization": "Bearer key"}
         assert httpx.get(url + "/v1/models").status_code == 401
@@ -89,6 +91,7 @@ def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits() -> None:
     assert sum(entry.get("completion_tokens") == 150 for entry in logged) == 4
     assert any("4 requests are being finished" in entry["message"] for entry in logged)
     assert "river" not in "".join(lines)
+    assert json.loads(beliefs.read_text())["classes"][""]["num_rounds"] > 0  # what was learned outlives the process
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class LiveSettings:
     """
 
     memory: float = 3000.0
-    full_share: float = 0.004
+    full_share: float = 0.001
     most_weight: float = 25.0
     rounds_per_update: int = 16
     most_classes: int = 16

@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of past requests kept, so that the next turn need not read them again; 0: none (16384)",
     )
+    engine.add_argument(
+        "--beliefs", type=Path, metavar="FILE", help="keeps what is learned of drafts (default: in ~/.cache/dspark)"
+    )
     engine.add_argument("--seed", type=int, metavar="N", help="for requests without one (default: a new one for each)")
     engine.add_argument("--compile", action="store_true", help="compile the models first: slow start, faster steps")
     engine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         engine = _engine(args)
         _warm_up(engine)
     log_to_stderr(args.log_level)
-    kept = _kept_beliefs(engine)
+    kept = _kept_beliefs(args, engine)
     app, worker = _app(args, engine, settings)
     if kept is not None:
         worker.observers.append(kept)
@@ -206,12 +209,12 @@ def _drafter_name(args: argparse.Namespace) -> str:
     return args.drafter or ("dspark" if args.target == "tiny" else "none")
 
 
-def _kept_beliefs(engine: Engine) -> KeptBeliefs | None:
+def _kept_beliefs(args: argparse.Namespace, engine: Engine) -> KeptBeliefs | None:
     """What was learned about drafts before, if the scheduler heeds it."""
     from dspark.budget.beliefs import LiveBeliefs
     from dspark.budget.kept_beliefs import KeptBeliefs
 
-    return KeptBeliefs(engine.beliefs) if isinstance(engine.beliefs, LiveBeliefs) else None
+    return KeptBeliefs(engine.beliefs, args.beliefs) if isinstance(engine.beliefs, LiveBeliefs) else None
 
 
 def _warm_up(engine: Engine) -> None:
