@@ -30,7 +30,15 @@ class Machine(Capacity):
 class Traffic:
     """Requests with an acceptance of their own, decoded by guard and scheduler as the engine does; counts seconds."""
 
-    def __init__(self, machine: Machine, acceptance: list[float], believed: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        acceptance: list[float],
+        believed: float | None = None,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.noise = noise
         self.machine, self.acceptance, self.believed = machine, torch.tensor(acceptance), believed
         self.guard, self.scheduler = Guard(machine), Optimal(machine)
         self.random = torch.Generator().manual_seed(seed)
@@ -45,6 +53,8 @@ class Traffic:
         sizes[rows] = 7
         draft = Draft(torch.zeros(n, 7, dtype=torch.long), sizes)
         believed = self.acceptance if self.believed is None else torch.full((n,), self.believed)
+        if self.noise:
+            believed = (believed + self.noise * torch.randn(n, generator=self.random)).clamp(0.01, 0.99)
         survival = believed[:, None].expand(n, 7).cumprod(1) * draft.real
         load = Load(n, n, 100 * n, self.machine.draft_seconds(len(rows), 100))
         keep = self.scheduler.choose(draft, survival, load) if rows else draft.real
@@ -126,6 +136,13 @@ def test_hard_requests_are_left_out():
     easy, hard = (sum(r in rows for rows in late) for r in (0, 2))
     assert easy > 95 and hard < 15
     assert traffic.guard.reason == "difficulty"
+
+
+def test_luck_is_not_taken_for_ease():
+    """All requests are alike and drafts hardly pay: who looked best last time is no better the next time."""
+    traffic = Traffic(Machine(per_token=0.1, per_draft=0.2, base=20.0), [0.5] * 64, noise=0.2)
+    traffic.run(100)
+    assert traffic.run(300) > 0.993 * traffic.plain
 
 
 def test_it_does_not_flicker():

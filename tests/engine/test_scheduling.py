@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.guard import Guard, GuardSettings
+from dspark.budget.hindsight import Hindsight
 from dspark.engine import drafting
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration
@@ -240,6 +245,18 @@ def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fau
     assert len(drafter.asked) > 4  # the next requests were drafted for again
     assert len([r for r in caplog.records if "drafter failed" in r.message]) == 1
     assert target.num_free_slots == target.cache.limit
+
+
+def test_a_clock_that_jumps_changes_no_text(target, texts, monkeypatch):
+    rng = random.Random(0)
+    jumping = lambda: time.perf_counter() + rng.choice([0, 0, 0, -3600, 3600])  # noqa: E731
+    monkeypatch.setattr("dspark.engine.engine.time", SimpleNamespace(perf_counter=jumping))
+    engine = Engine(target, Sure(texts), "auto", observers=[hindsight := Hindsight()])
+    generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+    assert math.isfinite(hindsight.regret) and hindsight.line()
+    seconds = engine.capacity.seconds(np.arange(1, 50), 1, 100)
+    assert bool(np.isfinite(seconds).all()) and bool((seconds > 0).all())
 
 
 def test_settings_are_of_use(target, texts):

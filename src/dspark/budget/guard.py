@@ -47,10 +47,28 @@ class GuardSettings:
 
 
 _MOST_REQUESTS = 4096
+_LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
+_LONG_RUN = 12  # drafts
 _FEW = 3  # steps of a kind before its cost is believed
 _SOON, _LATER = 4, 40  # drafted steps before a plain one, while plain ones have hardly been seen
 _CLEAR = 1.25  # so much faster than plain decoding is faster even if that has been timed only once
 _TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
+
+
+@dataclass
+class _Fare:
+    """One request's drafts: (step, survival) of the last ones, how many there were, and accepted tokens promised by each."""
+
+    rows: deque[tuple[int, Floats]]
+    num: int = 0
+    promise: float = 0.0
+
+    def add(self, now: int, row: Floats, memory: int) -> None:
+        if self.rows and now - self.rows[-1][0] > memory:
+            self.num = 0
+        self.rows.append((now, row))
+        self.num += 1
+        self.promise += (float(row.sum()) - self.promise) / min(self.num, _LONG_RUN)
 
 
 class Guard:
@@ -60,7 +78,7 @@ class Guard:
         self.capacity, self.settings = capacity, settings or GuardSettings()
         self.is_drafting = True
         self.reason: str | None = None  # why `choose` left requests out
-        self._by_request: OrderedDict[int, deque[tuple[int, Floats]]] = OrderedDict()  # (step, survival)
+        self._by_request: OrderedDict[int, _Fare] = OrderedDict()
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
         self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
@@ -114,8 +132,8 @@ class Guard:
         return min(1.5, self._accepted / self._predicted)
 
     def _remember(self, request_id: int, row: Floats) -> None:
-        rows = self._by_request.setdefault(request_id, deque(maxlen=self.settings.num_remembered))
-        rows.append((self._now, row))
+        self._by_request.setdefault(request_id, _Fare(deque(maxlen=self.settings.num_remembered)))
+        self._by_request[request_id].add(self._now, row, self.settings.memory)
         self._by_request.move_to_end(request_id)
         if len(self._by_request) > _MOST_REQUESTS:
             self._by_request.popitem(last=False)
@@ -164,18 +182,29 @@ class Guard:
             self._probe_loss = max(seconds - tokens / plain, 0.02 * seconds)
 
     def _samples(self, request_ids: Sequence[int]) -> Floats:
-        """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few."""
+        """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few.
+
+        Scaled so that each request promises what its drafts have promised in the long run, drawn towards all.
+        """
         num = max(1, self.settings.num_remembered // len(request_ids))
         since = self._now - self.settings.memory
         pool = [row for now, row in self._lately if now > since] or [self._lately[-1][1]]
         samples = np.zeros((num, len(request_ids), max(map(len, pool))))
+        usual, long_run = self._recent_mean(np.array([row.sum() for row in reversed(pool)])), np.zeros(len(request_ids))
         for b, request_id in enumerate(request_ids):
-            own = [row for now, row in self._by_request.get(request_id, ()) if now > since]
+            fare = self._by_request.get(request_id)
+            own = [] if fare is None else [row for now, row in fare.rows if now > since]
+            if fare is not None and own:
+                num_own = min(fare.num, _LONG_RUN)
+                long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * usual) / (num_own + _LIKE_OTHERS)
+            else:
+                long_run[b] = usual
             for n in range(num):
                 row = own[-1 - n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
                 length = min(len(row), samples.shape[2])
                 samples[n, b, :length] = row[:length]
-        return np.minimum(samples * self.trust, 1.0)
+        promised = np.maximum(samples.sum(2).mean(0), 1e-9)
+        return np.minimum(samples * (self.trust * long_run / promised)[:, None], 1.0)
 
     def _expected(self, samples: Floats, num_decoding: int, load: Load) -> tuple[float, float]:
         """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it."""
@@ -185,9 +214,12 @@ class Guard:
         tokens = np.cumsum(np.concatenate([np.full((len(samples), 1), num_decoding), falling], 1), 1)
         seconds = seconds_of_step(self.capacity, load, falling.shape[1])
         best = (tokens / seconds).argmax(1)
-        weights = 0.5 ** (np.arange(len(samples)) / self.settings.half_life)
-        weights /= weights.sum()
-        return float(weights @ tokens[np.arange(len(samples)), best]), float(weights @ seconds[best])
+        return self._recent_mean(tokens[np.arange(len(samples)), best]), self._recent_mean(seconds[best])
+
+    def _recent_mean(self, values: Floats) -> float:
+        """Of values [n], newest first."""
+        weights = 0.5 ** (np.arange(len(values)) / self.settings.half_life)
+        return float(weights @ values / weights.sum())
 
     def _probes(self, request_ids: Sequence[int], load: Load, left_out: Sequence[int] | None = None) -> list[int]:
         """Rarely, a few of those left out: whoever was not drafted for the longest, as often as what it loses allows."""
