@@ -80,12 +80,14 @@ def test_numbers_are_those_of_metrics(tmp_path):
     Engine(target, OracleDrafter(texts, error=0.2), "fixed:5", observers=[m.step]).generate(prompts, params)
     for seconds in (101.5, 102.0, 109.0):
         m.request(finished(token_seconds=[101.0, seconds]))
+    m.metrics.prefix_hits.add(1, 4)
     s, v = m.snapshot(), values(m.metrics)
     assert s["totals"]["accepted_tokens"] == v["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert s["totals"]["drafts"] == v["vllm:spec_decode_num_drafts_total"]
     assert s["totals"]["requests"] == v["dspark_requests_finished_total.stop"] == 3
     assert s["rates"]["tau"] == v["dspark_committed_tokens_total"] / v["dspark_decode_passes_total"]
     assert s["now"]["kv_usage"] == v["dspark_kv_usage_ratio"]
+    assert s["now"]["prefix_hits"] == v["dspark_prefix_hit_ratio"] == 0.25
     for row in s["acceptance"]:
         reached = v[f"dspark_reached_tokens_per_pos_total.{row['position'] - 1}"]
         assert row["rate"] == v[f"vllm:spec_decode_num_accepted_tokens_per_pos_total.{row['position'] - 1}"] / reached

@@ -30,6 +30,7 @@ _GAUGES = {
     "waiting": "dspark_requests_waiting",
     "kv_usage": "dspark_kv_usage_ratio",
     "kv_slots": "dspark_kv_slots",
+    "prefix_hits": "dspark_prefix_hit_ratio",
     "speedup": "dspark_speedup_vs_plain",
     "calibration_error": "dspark_calibration_error",
     "cost_error": "dspark_cost_error_ratio",
