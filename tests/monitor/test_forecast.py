@@ -7,6 +7,7 @@ import pytest
 
 from dspark.errors import InvalidRequest
 from dspark.monitor.forecast import Limits, Mix, Outlook, kv_requests, make_plan, make_replica
+from dspark.monitor.monitoring import Monitoring
 from dspark.monitor.prometheus import Metrics
 from dspark.monitor.request_metrics import Objectives
 from dspark.monitor.snapshot import Snapshots, read, read_page
@@ -105,3 +106,14 @@ def test_nothing_is_said_before_a_request_has_finished_and_soon_after():
     now[0] = 60.0
     outlook.step(others)
     assert outlook()["highest_rate"] < latest["highest_rate"]
+
+
+def test_the_plan_is_in_the_metrics():
+    watched = Monitoring("t", "d", 5000, capacity=Straight(), limits=Limits(), process=False)
+    assert "dspark_capacity_requests_per_second|objectives" in read(watched.metrics)
+    watched.request(finished())
+    watched.step(step())
+    plan = watched.snapshot()["capacity"]
+    values = read_page(watched.metrics.render().decode())
+    assert values["dspark_capacity_requests_per_second|objectives"] == plan["highest_rate"] > 0
+    assert values["dspark_capacity_requests_per_second|saturation"] == plan["saturation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,6 +76,9 @@ class Monitoring:
                 step_observers=[self.metrics.plain_step],
             )
         self.outlook = Outlook(capacity, limits, settings.objectives) if capacity and limits else None
+        if outlook := self.outlook:
+            self.metrics.capacity["objectives"].set_function(lambda: outlook().get("highest_rate", math.nan))
+            self.metrics.capacity["saturation"].set_function(lambda: outlook().get("saturation", math.nan))
         self.snapshot = Snapshots(self.metrics, self.events, capacity=self.outlook or dict)
 
     def step(self, record: StepRecord) -> None:

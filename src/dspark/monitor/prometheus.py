@@ -6,6 +6,7 @@ read them here. Everything else is `dspark_*`. Labels come from closed sets: no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,12 @@ class Metrics:
         self.waiting = self._gauge("dspark_requests_waiting", "requests in the queue")
         self.kv_usage = self._gauge("dspark_kv_usage_ratio", "share of the KV slots in use")
         self._gauge("dspark_kv_slots", "tokens that the KV cache holds").set(self.num_slots)
+        capacity = self._gauge(
+            "dspark_capacity_requests_per_second", "that fit, by what gives way beyond; NaN until known", ["bound"]
+        )
+        self.capacity = {bound: capacity.labels(bound) for bound in ("objectives", "saturation")}
+        for gauge in self.capacity.values():
+            gauge.set(math.nan)
         self.speculative_seconds = self._counter(
             "dspark_speculative_seconds", "seconds of speculative steps whose plain cost is known"
         )
