@@ -24,16 +24,12 @@ def request(number: int, traffic_class: str | None = None) -> Request:
 
 @dataclass
 class World:
-    """Confidence k has logit z; P(accepted | ancestors accepted) = sigmoid(slope z + offset[k] + hidden * u).
-
-    u  of each draft: nobody states it, but it moves the first confidence, as difficulty does
-    """
+    """Confidence k has logit z; P(accepted | ancestors accepted) = sigmoid(slope z + offset[k])."""
 
     num_requests: int = 16
     num_positions: int = 7
     slope: float = 1.0
     offsets: tuple[float, ...] = (0.0,) * 7
-    hidden: float = 0.0
     states_confidence: bool = True
     seed: int = 0
     generator: torch.Generator = field(init=False)
@@ -45,10 +41,7 @@ class World:
         """A draft and the true P(accepted | ancestors accepted) of each token."""
         shape = (self.num_requests, self.num_positions)
         logits = torch.randn(shape, generator=self.generator) * 1.2 + 0.6
-        hidden = torch.randn(self.num_requests, 1, generator=self.generator)
-        if self.hidden:
-            logits[:, :1] = 2 * hidden
-        truth = torch.sigmoid(self.slope * logits + torch.tensor(self.offsets) + self.hidden * hidden)
+        truth = torch.sigmoid(self.slope * logits + torch.tensor(self.offsets))
         confidence = torch.sigmoid(logits) if self.states_confidence else None
         tokens, sizes = torch.zeros(shape).long(), torch.full((self.num_requests,), self.num_positions)
         return Draft(tokens, sizes, confidence), truth

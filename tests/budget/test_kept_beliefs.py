@@ -27,7 +27,7 @@ def test_a_restart_goes_on_from_what_was_learned(tmp_path: Path, monkeypatch: py
     again = LiveBeliefs(identity="pair")
     KeptBeliefs(again)
     now, before = (beliefs.summary()["classes"]["everyone"] for beliefs in (again, live))
-    assert now["temperatures"] == before["temperatures"] and now["rounds"] == before["rounds"] > 0
+    assert now["offsets"] == before["offsets"] and now["rounds"] == before["rounds"] > 0
 
 
 def test_they_are_written_now_and_then_while_serving(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From what is stated of a draft token to P(accepted | ancestors accepted): a logistic map per position.
 
-It looks at the confidence, at those of the token's ancestors, and at how the request has fared so far; never at the token
-itself or at later ones, so no choice that is made with it anticipates.
+It looks at the confidence and at how the request has fared so far; never at the token itself or at later ones, so no
+choice that is made with it anticipates.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from dspark.budget.calibration import Calibration, logit
 from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
-from dspark.budget.prefix_scheduler import along_paths
 from dspark.types import Draft, Request
 
 _LOGIT_LIMIT = 8.0
 _UNSTATED = 2.0  # the logit that stands in for a confidence nobody gave: optimistic, or the drafter is never tried
-_SHARED = 4  # coefficients for all positions: logit, the request's own record, offset, ancestors' mean logit
-_FLATTEST = 0.05  # slope: a higher confidence never means less
+_SHARED = 3  # coefficients for all positions: logit, the request's own record, offset
+_FLATTEST = 0.2  # slope: a higher confidence never means less
 _PRIOR_EVIDENCE = 4.0  # how much evidence a request needs before its own record counts half
 _RECORD_FADE = 0.97  # a round
 _MOST_RECORDS = 4096
@@ -31,20 +30,18 @@ _MOST_RECORDS = 4096
 class Stated:
     """What is known of draft tokens before they are judged.
 
-    logits     [B, K]  log-odds of the confidences, calibrated offline if that was done
-    ancestors  [B, K]  mean of the logits of each token's ancestors, 0 at the first: difficulty carries over
-    place      [B, K]  position from 0, no deeper than there are beliefs about
-    own        [B, 1]  how each request has fared beside others, in log-odds
+    logits  [B, K]  log-odds of the confidences, calibrated offline if that was done
+    place   [B, K]  position from 0, no deeper than there are beliefs about
+    own     [B, 1]  how each request has fared beside others, in log-odds
     """
 
     logits: Array
-    ancestors: Array
     place: NDArray[np.int64]
     own: Array
 
 
 class AcceptanceMap:
-    """The map as a logistic regression: `learner` holds its coefficients. Positions share most of what is learned."""
+    """The map as a logistic regression: `learner` holds its coefficients. Positions differ in their offset alone."""
 
     def __init__(self, calibration: Calibration | None, num_positions: int) -> None:
         self.calibration, self.num_positions = calibration, num_positions
@@ -52,11 +49,11 @@ class AcceptanceMap:
     def learner(self, memory: float) -> OnlineLogistic:
         """Before anything is learned: the confidence as it is."""
         k = self.num_positions
-        prior = np.zeros(_SHARED + 2 * k)
+        prior = np.zeros(_SHARED + k)
         prior[0] = 1.0
-        spread = np.array([0.7, 0.5, 1.0, 0.3, *[0.25] * k, *[0.4] * k])
-        low = np.array([0.2, 0.0, -5.0, -1.0, *[-0.5] * k, *[-2.0] * k])
-        high = np.array([4.0, 2.0, 5.0, 1.0, *[0.5] * k, *[2.0] * k])
+        spread = np.array([0.7, 0.5, 1.0, *[0.4] * k])
+        low = np.array([_FLATTEST, 0.0, -5.0, *[-2.0] * k])
+        high = np.array([4.0, 2.0, 5.0, *[2.0] * k])
         return OnlineLogistic(prior, spread**-2, np.stack([low, high]), memory)
 
     def read(self, draft: Draft, own: Array) -> Stated:
@@ -65,41 +62,29 @@ class AcceptanceMap:
         depth = torch.arange(1, shape[1] + 1) if draft.parents is None else draft.depth
         place = np.broadcast_to(np.minimum(depth.numpy() - 1, self.num_positions - 1), shape)
         if draft.confidence is None:
-            return Stated(np.full(shape, _UNSTATED), np.zeros(shape), place, own)
+            return Stated(np.full(shape, _UNSTATED), place, own)
         if self.calibration is None:
             logits = logit(draft.confidence)
         else:
             logits = self.calibration.logits(draft.confidence, None if draft.parents is None else depth)
-        logits = logits.double().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-        if draft.parents is None:
-            total = logits.numpy().cumsum(1)
-        else:
-            start = logits.new_zeros(len(logits))
-            total = along_paths(draft, start, lambda before, k: before + logits[:, k]).numpy()
-        ancestors = (total - logits.numpy()) / np.maximum(depth.numpy() - 1, 1)
-        return Stated(logits.numpy(), ancestors, place, own)
+        return Stated(logits.double().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).numpy(), place, own)
 
     def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
-        """[len(rows), K]  P(accepted | ancestors accepted) of these requests' tokens."""
-        slopes, offsets, own_share, ancestor_share = self.tables(learner)
-        place = stated.place[rows]
-        scores = slopes[place] * stated.logits[rows] + offsets[place]
-        return sigmoid(scores + own_share * stated.own[rows] + ancestor_share * stated.ancestors[rows])
+        """[rows, K]  P(accepted | ancestors accepted) of these requests' tokens."""
+        slope, offsets, own_share = self.terms(learner)
+        return sigmoid(slope * stated.logits[rows] + offsets[stated.place[rows]] + own_share * stated.own[rows])
 
     def features(self, stated: Stated, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
         """[N, D] such that features · coefficients are the log-odds of these tokens."""
-        k, place = self.num_positions, stated.place[rows, columns]
-        x, logits, index = np.zeros((len(rows), _SHARED + 2 * k)), stated.logits[rows, columns], np.arange(len(rows))
-        x[:, 0], x[:, 1], x[:, 2] = logits, stated.own[rows, 0], 1.0
-        x[:, 3] = stated.ancestors[rows, columns]
-        x[index, _SHARED + place], x[index, _SHARED + k + place] = logits, 1.0
+        x = np.zeros((len(rows), _SHARED + self.num_positions))
+        x[:, 0], x[:, 1], x[:, 2] = stated.logits[rows, columns], stated.own[rows, 0], 1.0
+        x[np.arange(len(rows)), _SHARED + stated.place[rows, columns]] = 1.0
         return x
 
-    def tables(self, learner: OnlineLogistic) -> tuple[Array, Array, float, float]:
-        """Slopes and offsets by position, and what a request's own record and the ancestors count."""
-        c, k = learner.coefficients, self.num_positions
-        slopes = np.maximum(c[0] + c[_SHARED : _SHARED + k], _FLATTEST)
-        return slopes, c[2] + c[_SHARED + k :], float(c[1]), float(c[3])
+    def terms(self, learner: OnlineLogistic) -> tuple[float, Array, float]:
+        """The slope, the offset of each position, and what a request's own record counts."""
+        c = learner.coefficients
+        return float(c[0]), c[2] + c[_SHARED:], float(c[1])
 
 
 class OwnRecords:

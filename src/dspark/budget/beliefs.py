@@ -29,7 +29,7 @@ from dspark.types import Draft, Request, StepRecord
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _EVERYONE = ""  # all traffic, whatever its class
 
 
@@ -253,15 +253,14 @@ class LiveBeliefs:
         }
 
     def _class_summary(self, learner: OnlineLogistic) -> dict[str, Any]:
-        slopes, offsets, own_share, ancestor_share = self.map.tables(learner)
+        slope, offsets, own_share = self.map.terms(learner)
         return {
             "rounds": learner.num_rounds,
             "drift": learner.drift,
             "alarms": learner.num_alarms,
-            "temperatures": (1 / slopes).tolist(),  # on top of the offline calibration
+            "temperature": 1 / slope,  # on top of the offline calibration
             "offsets": offsets.tolist(),
             "own_record": own_share,
-            "ancestors": ancestor_share,
         }
 
     def save(self, path: Path) -> None:

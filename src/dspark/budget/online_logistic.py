@@ -35,7 +35,7 @@ class OnlineLogistic:
     prior_precision: Array
     bounds: Array
     memory: float
-    num_watched: int = 4
+    num_watched: int = 3
     coefficients: Array = field(init=False)
     information: Array = field(init=False)  # [D, D] of past labels
     num_rounds: float = 0.0
