@@ -71,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=96, help="new tokens per request (default 96)")
     add("--repeats", type=int, default=3, help="turns that each side takes (default 3)")
     add("--rate", type=float, help="open loop: requests a second, as well")
+    add("--prefix-tokens", type=int, default=0, help="of the server (default 0: turns repeat their prompts)")
     add("--threads", type=int, default=1, help="of each side (default 1)")
     add("--minutes", type=float, help="the closed loop with the most clients for so long, watching memory, as well")
     add("--peer", action="store_true", help="`transformers serve` on the same weights, as well")
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "dspark", "serve", options.target, "--port", str(port)]
         command += ["--drafter", options.drafter, "--scheduler", options.scheduler, "--dtype", options.dtype]
         command += ["--threads", str(options.threads), "--served-model-name", "ours"]
-        command += ["--prefix-tokens", "0"]  # turns repeat their prompts, which nobody shall profit from
+        command += ["--prefix-tokens", str(options.prefix_tokens)]
         url = stack.enter_context(started(command, port, "/ready"))
         for clients in map(int, options.clients.split(",")):
             loads += _beside_engine(engine, url, texts, clients, options)
