@@ -21,8 +21,8 @@ from dspark.drafters.block_model import BlockModel
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
-from dspark.target import native
 from dspark.target.compiled import few_guards, frozen_weights
+from dspark.target.kernels import kernel_for
 from dspark.types import Draft, Request, Rule
 
 
@@ -275,13 +275,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> 
     keys = step.keys[layer].index_put_((step.rows, step.slots), k)
     values = step.values[layer].index_put_((step.rows, step.slots), v)
     size, group = q.shape[0] // batch, q.shape[1] // kv_heads
-    if native.attend_slots is not None and q.device.type == "cpu":
+    attend_slots = kernel_for(q, size)
+    if attend_slots is not None:
         first = (torch.arange(batch, device=q.device) if step.chosen is None else step.chosen) * keys.shape[1]
         slots = first[:, None] + torch.arange(num_slots, device=q.device)
         places = step.starts[:, None] + torch.arange(size, device=q.device)
         inside = torch.ones(batch, size, size, dtype=torch.bool, device=q.device)
         rows = (keys.flatten(0, 1), values.flatten(0, 1), slots, step.visible, places, inside)
-        return native.attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)
+        return attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)
     if step.chosen is None:
         keys, values = keys[:batch, :num_slots], values[:batch, :num_slots]
     else:

@@ -15,9 +15,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from dspark.errors import UnsupportedModel
-from dspark.target import native
+from dspark.target.kernels import kernel_for
 from dspark.target.kv_cache import KVCache, gather
-from dspark.target.plan import SHORT, Group, Plan
+from dspark.target.plan import Group, Plan
 
 NAME = "dspark"
 
@@ -77,10 +77,11 @@ def _attend_group(
 ) -> Tensor:
     """flat [T, H, D] -> [T', H, Dv] of the group's real tokens."""
     batch, num_queries = group.shape
-    if native.attend_slots is not None and flat.device.type == "cpu" and num_queries <= SHORT:
+    attend_slots = kernel_for(flat, num_queries)
+    if attend_slots is not None:
         seen = group.visibility
         places = (group.slots, seen.starts, seen.positions, seen.inside, group.rows, group.back)
-        return native.attend_slots(flat, keys, values, *places, scaling, window or 0, softcap or 0.0, sinks)
+        return attend_slots(flat, keys, values, *places, scaling, window or 0, softcap or 0.0, sinks)
     queries = flat if group.rows is None else flat.index_select(0, group.rows.view(-1))
     queries = queries.unflatten(0, (batch, num_queries)).transpose(1, 2)  # [B, H, N, D]
     k, v = gather(keys, group.slots).transpose(1, 2), gather(values, group.slots).transpose(1, 2)  # [B, KV, S, D]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import InvalidConfiguration, OutOfSlots
-from dspark.target import attention, native
+from dspark.target import attention, kernels, native
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
@@ -66,6 +66,8 @@ class Target:
         self.end_token_ids = _end_token_ids(model, tokenizer)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._compiled: dict[tuple[int, ...], CompiledForward] = {}  # by feature layers
+        if self.device.type == "cuda":
+            kernels.load_triton()
         model.eval()
         model.set_attn_implementation(attention.NAME)
 
