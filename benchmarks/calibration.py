@@ -56,14 +56,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=6, help="replays of each kind (default 6)")
     add("--minutes", type=float, help="begin no repeat that would not end in this time")
     add("--threads", type=int, help="(default: torch's choice)")
-    add("--quick", action="store_true", help="fewer texts, steps and repeats: about two minutes")
+    add("--quick", action="store_true", help="fewer texts, steps and repeats: a minute or two")
     add("--no-check", action="store_true", help="leave out the real engine")
     add("--json", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="PREFIX", help="two pictures; needs matplotlib")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.per_domain, options.tokens = min(options.per_domain, 24), min(options.tokens, 96)
-        options.steps, options.repeats = min(options.steps, 40), min(options.repeats, 2)
+        options.per_domain, options.tokens = min(options.per_domain, 48), min(options.tokens, 64)
+        options.steps, options.repeats = min(options.steps, 20), min(options.repeats, 2)
     return options
 
 
