@@ -72,10 +72,16 @@ class KeyedDraws:
     def tokens(
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
     ) -> Tensor:
+        return _argmax(self.noisy(scores, temperature, seeds, positions, stream))
+
+    def noisy(
+        self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
+    ) -> Tensor:
+        """[N, V]  what `tokens` takes the largest of."""
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
-        if bool((temperature > 0).any()):
-            scores = torch.addcmul(scores, temperature, self.noise.rows(seeds, positions, stream))
-        return _argmax(scores)
+        if not bool((temperature > 0).any()):
+            return scores
+        return torch.addcmul(scores, temperature, self.noise.rows(seeds, positions, stream))
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability

@@ -418,6 +418,13 @@ class Rule(Protocol):
         """
         ...
 
+    def outlook(self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+        """How likely each token is to be accepted next, as the draft's logits [N, V] have it: [N, V] log-likelihoods.
+
+        requests and previous (N): whose row it is, and its draft so far. For drafters that pick the likeliest few.
+        """
+        ...
+
     def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
         """Judge the draft tokens in keep [B, K] by the target's logits [R, V].
 

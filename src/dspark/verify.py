@@ -46,6 +46,14 @@ class Coupled:
         rows = noise.rows(seeds, positions, COUPLED).view(len(requests), length, -1)
         return rows * torch.tensor([r.params.temperature for r in requests], device=rows.device)[:, None, None]
 
+    def outlook(self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+        """The noise is the target's, so it decides here too: a softmax of what the draft's own choice is the largest of."""
+        scores, temperature = shape_logits(logits, requests, previous)
+        if isinstance(self.draws, KeyedDraws):
+            positions = [len(r.tokens) + len(path) for r, path in zip(requests, previous, strict=True)]
+            scores = self.draws.noisy(scores, temperature, [r.seed for r in requests], positions, COUPLED)
+        return _log_law(scores, temperature)
+
     def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
         trees = [Tree(*columns) for columns in _columns(draft, keep)]
         owners = [r for r, tree in zip(requests, trees, strict=True) for _ in tree.rows]
@@ -84,6 +92,9 @@ class Rejection:
 
     def noise_ahead(self, requests: Sequence[Request], length: int) -> Tensor | None:
         return None  # the laws that drafts were drawn from are needed, too
+
+    def outlook(self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+        return _log_law(*shape_logits(logits, requests, previous))
 
     def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
         accepted, next_tokens, first_row = torch.zeros_like(keep), [], 0
@@ -154,6 +165,11 @@ def make_rule(name: str, draws: Draws) -> Rule:
     if name not in RULES:
         raise InvalidConfiguration(f"rule must be one of {', '.join(RULES)}; got {name!r}")
     return RULES[name](draws)
+
+
+def _log_law(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Temperature 0 keeps the scores as they are: the one-hot limit would leave no second choice."""
+    return torch.log_softmax(scores / torch.where(temperature > 0, temperature, 1.0), -1)
 
 
 def _all_on(token: int, like: Tensor) -> Tensor:

@@ -57,6 +57,21 @@ def test_drafters_are_exact_and_good(name, target, plain):
     assert target.num_free_slots == target.cache.limit
 
 
+@pytest.mark.parametrize("name", ["dspark", "eagle3"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tree_is_worth_more_than_a_chain_of_as_many_tokens(name, temperature, target, plain):
+    tau = []
+    for shape in ({}, {"tree": 7}):
+        engine = Engine(target, load_drafter(name, target, **shape), "fixed:7", max_num_seqs=4)
+        generations = engine.generate(PROMPTS, params(temperature))
+        assert [g.token_ids for g in generations] == [
+            g.token_ids for g in plain["sampled" if temperature else "greedy"]
+        ]
+        rounds = [r for g in generations for r in g.rounds]
+        tau.append(1 + sum(r.accepted for r in rounds) / len(rounds))
+    assert tau[1] > 1.02 * tau[0]
+
+
 def test_the_rejection_rule_accepts_about_as_much(target):
     """The same drafter under the paper's rule: its acceptance is the optimum, so it may not be far below."""
     engine = Engine(target, load_drafter("dspark", target), "fixed:7", rule="rejection")

@@ -8,6 +8,7 @@ import pytest
 
 from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.ngram import NGramDrafter
+from dspark.drafters.tree import TreeDrafter
 from dspark.engine.engine import Engine
 from dspark.types import SamplingParams
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_logits
@@ -62,6 +63,8 @@ def make_drafter(name, target, small, texts):
         return NGramDrafter(length=4)
     if name == "draft model":
         return DraftModelDrafter(small, length=3)
+    if name == "draft model's tree":
+        return TreeDrafter(DraftModelDrafter(small, length=3), size=8, width=3)
     if name == "itself as draft model":
         return DraftModelDrafter(target.truncated(target.num_layers), length=3)
     if name == "self":
@@ -103,7 +106,9 @@ def test_history_matters(target, prompts):
     assert (before - after).abs().max() > 0.1 * before.std()
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "draft model", "self", "oracle chain", "oracle tree"])
+@pytest.mark.parametrize(
+    "drafter", ["ngram", "draft model", "draft model's tree", "self", "oracle chain", "oracle tree"]
+)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_text_is_that_of_plain_decoding(drafter, setting, target, small, prompts, plain):
     expected = plain(setting)

@@ -70,6 +70,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     speculation = parser.add_argument_group("speculation")
+    speculation.add_argument("--tree", type=int, metavar="N", help="draft a tree of N tokens, not a chain")
     speculation.add_argument("--scheduler", default="auto", help="how much is verified: auto (default), fixed:7, ...")
     speculation.add_argument(
         "--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule (default coupled)"
@@ -168,7 +169,8 @@ def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
     if args.trust_remote_code:
         from_pretrained["trust_remote_code"] = True
     target = load_target(args.target, dtype=args.dtype, device=args.device, **from_pretrained)
-    drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target)
+    shape = {} if args.tree is None else {"tree": args.tree}
+    drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target, **shape)
     options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile}
     return Engine(target, drafter, **options, prefix_tokens=prefix_tokens)
 

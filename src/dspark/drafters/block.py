@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,21 @@ class Step(NamedTuple):
     mask: Tensor
     keys: list[Tensor]
     values: list[Tensor]
+
+
+@dataclass
+class BlockGrowth:
+    """A block of B requests, and the n nodes that the sequential head has read after it.
+
+    hidden [B, K, H], base [B, K, V]  by depth: the same for all nodes of a depth
+    depth  [B, n]         0 for nodes right after the anchor
+    states [B, 1 + n, r]  the head's, after the anchor and after every node; None: it has none
+    """
+
+    hidden: Tensor
+    base: Tensor
+    depth: Tensor
+    states: Tensor | None
 
 
 class BlockDrafter:
@@ -119,6 +135,39 @@ class BlockDrafter:
             confidence = None if confidence is None else confidence[order]
             probs = None if probs is None else probs[order]
         return Draft(tokens, torch.full((len(requests),), self.length), confidence, probs=probs)
+
+    def able(self, requests: Sequence[Request]) -> list[int]:
+        """Places of the requests that it can draft for: all."""
+        return list(range(len(requests)))
+
+    def begin(self, requests: Sequence[Request]) -> tuple[BlockGrowth, Tensor]:
+        """The one pass that all nodes share; logits [B, V] of each request's first draft token."""
+        step = self._prepare(requests, for_graph=False)
+        hidden, base = self._block(step)
+        state = self._head.initial_state(len(requests))
+        bias, _, state = self._head.step(step.anchors, hidden[:, 0], state)
+        depth = torch.zeros(len(requests), 0, dtype=torch.long, device=self.device)
+        growth = BlockGrowth(hidden, base, depth, None if state is None else state[:, None])
+        return growth, base[:, 0] if bias is None else base[:, 0] + bias.float()
+
+    def grow(self, growth: BlockGrowth, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Read M more tokens per request: tokens, parents [B, M] (-1: the anchor) -> logits [B, M, V] of what follows.
+
+        Only the sequential head runs: without one, all nodes of a depth have the same followers.
+        """
+        batch, count = tokens.shape
+        above = torch.cat([growth.depth.new_full((batch, 1), -1), growth.depth], 1).gather(1, parents + 1)
+        growth.depth = torch.cat([growth.depth, above + 1], 1)
+        where = (torch.arange(batch, device=tokens.device)[:, None], above + 2)
+        state = None
+        if growth.states is not None:
+            places = (parents + 1)[..., None].expand(-1, -1, growth.states.shape[-1])
+            state = growth.states.gather(1, places).flatten(0, 1)
+        bias, _, state = self._head.step(tokens.flatten(), growth.hidden[where].flatten(0, 1), state)
+        if growth.states is not None and state is not None:
+            growth.states = torch.cat([growth.states, state.unflatten(0, (batch, count))], 1)
+        base = growth.base[where]
+        return base if bias is None else base + bias.float().unflatten(0, (batch, count))
 
     @torch.no_grad()
     def read(self, requests: Sequence[Request]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,15 @@ from torch import Tensor
 from dspark.errors import InvalidConfiguration
 from dspark.target.target import Target
 from dspark.types import Draft, Request, Rule, Span
+
+
+@dataclass
+class Nodes:
+    """Draft tokens of B requests that a draft model has read, and each one's parent among them; -1 is the anchor."""
+
+    requests: Sequence[Request]
+    tokens: list[list[int]]
+    parents: list[list[int]]
 
 
 class DraftModelDrafter:
@@ -23,13 +33,36 @@ class DraftModelDrafter:
         self.model, self.length = model, length
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
-        able = _within_context(self.model, requests, self.length)
+        able = self.able(requests)
         asked = [requests[b] for b in able]
-        # What the model has read is what its cache holds; it catches up on all that was committed since.
-        starts = [self.model.cache.length(r.id) for r in asked]
-        spans = [Span(r.id, start, r.tokens[start:], num_logits=1) for r, start in zip(asked, starts, strict=True)]
-        draft = _draw_chain(self.model, asked, rule, spans, [len(r.tokens) for r in asked], self.length)
+        draft = _draw_chain(self.model, asked, rule, self._unread(asked), [len(r.tokens) for r in asked], self.length)
         return draft.among(able, len(requests))
+
+    def able(self, requests: Sequence[Request]) -> list[int]:
+        """Places of the requests whose whole draft has positions that the model knows."""
+        return _within_context(self.model, requests, self.length)
+
+    def begin(self, requests: Sequence[Request]) -> tuple[Nodes, Tensor]:
+        """Read what was committed since the last call; logits [B, V] of each request's first draft token."""
+        logits = self.model.extend(self._unread(requests)).logits
+        return Nodes(requests, [[] for _ in requests], [[] for _ in requests]), logits
+
+    def grow(self, growth: Nodes, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Read M more tokens per request: tokens, parents [B, M] -> logits [B, M, V] of what follows each.
+
+        The nodes before are read again: only within one span can a token leave out what is no ancestor of it.
+        """
+        spans = []
+        for b, request in enumerate(growth.requests):
+            growth.tokens[b] += tokens[b].tolist()
+            growth.parents[b] += parents[b].tolist()
+            spans.append(
+                Span(request.id, len(request.tokens), growth.tokens[b], growth.parents[b], num_logits=tokens.shape[1])
+            )
+        logits = self.model.extend(spans).logits
+        for request in growth.requests:
+            self.model.keep(request.id, len(request.tokens), [])
+        return logits.unflatten(0, tuple(tokens.shape))
 
     def release(self, request_id: int) -> None:
         self.model.release(request_id)
@@ -37,6 +70,11 @@ class DraftModelDrafter:
     def compile(self) -> None:
         """Compile the draft model's forwards."""
         self.model.compile()
+
+    def _unread(self, requests: Sequence[Request]) -> list[Span]:
+        """What the model has read is what its cache holds; it catches up on all that was committed since."""
+        starts = [self.model.cache.length(r.id) for r in requests]
+        return [Span(r.id, start, r.tokens[start:], num_logits=1) for r, start in zip(requests, starts, strict=True)]
 
 
 class SelfDrafter:

@@ -74,7 +74,7 @@ class Eagle3Drafter:
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
-        able = able_rows(requests)
+        able = self.able(requests)
         asked = [requests[b] for b in able]
         if not asked:
             return Draft.empty(len(requests))
@@ -99,6 +99,10 @@ class Eagle3Drafter:
 
     def release(self, request_id: int) -> None:
         self.rows.release(request_id)
+
+    def able(self, requests: Sequence[Request]) -> list[int]:
+        """Places of the requests that have a token before the anchor: EAGLE-3 starts from the feature of one."""
+        return [b for b, r in enumerate(requests) if len(r.tokens) > 1]
 
     def begin(self, requests: Sequence[Request]) -> tuple[Growth, Tensor]:
         """Read what was committed since the last call; logits [B, V] of each request's first draft token."""
@@ -140,6 +144,7 @@ class Eagle3Drafter:
         """
         layer, (batch, count) = self.model.layer, tokens.shape
         num_before = growth.depth.shape[1]
+        assert num_before + count <= self.rows.block_size, "more nodes than num_scratch has room for"
         x = growth.hidden.gather(1, (parents + 1)[..., None].expand(-1, -1, growth.hidden.shape[-1]))
         above = torch.cat([growth.depth.new_full((batch, 1), -1), growth.depth], 1).gather(1, parents + 1)
         growth.depth = torch.cat([growth.depth, above + 1], 1)
@@ -192,8 +197,3 @@ class Eagle3Drafter:
         every = logits.new_full((*logits.shape[:-1], self.model.config.vocab_size), float("-inf"))
         every[..., self.target_ids] = logits
         return every
-
-
-def able_rows(requests: Sequence[Request]) -> list[int]:
-    """Places of the requests that have a token before the anchor: EAGLE-3 starts from the feature of one."""
-    return [b for b, r in enumerate(requests) if len(r.tokens) > 1]

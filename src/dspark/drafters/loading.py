@@ -24,6 +24,7 @@ from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
 from dspark.drafters.gemma4_layer import Gemma4BlockConfig
 from dspark.drafters.ngram import NGramDrafter
 from dspark.drafters.none import NoDrafter
+from dspark.drafters.tree import TreeDrafter
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.loading import embedded_pair_folder, load_target
 from dspark.target.target import Target
@@ -87,12 +88,14 @@ def _block(
     window: int | None = None,
     own_embeddings: bool = False,
     dtype: str | torch.dtype | None = None,
+    tree: int | None = None,
+    width: int = 4,
 ) -> Drafter:
     loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
     assert isinstance(loaded.model, BlockModel)
     drafter = BlockDrafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
     drafter.folder, drafter.calibration = checkpoint.path, calibration_in(checkpoint.path)
-    return drafter
+    return drafter if tree is None else TreeDrafter(drafter, tree, width)
 
 
 def _eagle3(
@@ -102,10 +105,15 @@ def _eagle3(
     window: int | None = None,
     own_embeddings: bool = False,
     dtype: str | torch.dtype | None = None,
+    tree: int | None = None,
+    width: int = 4,
 ) -> Drafter:
     loaded = load_block_drafter(checkpoint, target, _dtype(dtype), own_embeddings=own_embeddings)
     assert isinstance(loaded.model, Eagle3Model)
-    return Eagle3Drafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window)
+    depth = loaded.model.config.ttt_length if length is None else length
+    num_scratch = None if tree is None else max(1, width * (depth - 1))
+    drafter = Eagle3Drafter(loaded.model, loaded.embed_tokens, loaded.lm_head, length, window, num_scratch)
+    return drafter if tree is None else TreeDrafter(drafter, tree, width)
 
 
 _TRAINED: dict[type, Callable[..., Drafter]] = {
@@ -116,7 +124,12 @@ _TRAINED: dict[type, Callable[..., Drafter]] = {
 
 
 def _draft_model(
-    target: Target, checkpoint: Checkpoint, length: int = 4, dtype: str | torch.dtype | None = None
+    target: Target,
+    checkpoint: Checkpoint,
+    length: int = 4,
+    dtype: str | torch.dtype | None = None,
+    tree: int | None = None,
+    width: int = 4,
 ) -> Drafter:
     model = load_target(str(checkpoint.path), dtype or target.dtype, target.device)
     if model.vocab_size != target.vocab_size:
@@ -124,7 +137,8 @@ def _draft_model(
             f"the draft model {checkpoint.name} knows {model.vocab_size} tokens and {target.name} {target.vocab_size}; "
             "a draft model needs the target's own vocabulary: choose a smaller model of the same family"
         )
-    return DraftModelDrafter(model, length)
+    drafter = DraftModelDrafter(model, length)
+    return drafter if tree is None else TreeDrafter(drafter, tree, width)
 
 
 def _call(name: str, make: Callable[..., Drafter], target: Target, options: dict[str, Any]) -> Drafter:
