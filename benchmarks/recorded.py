@@ -47,7 +47,7 @@ class Recorder:
         draft = self.drafter.propose(requests, rule).on_host()
         assert draft.confidence is not None, "a drafter with a confidence head is needed"
         for request, tokens, confidence in zip(requests, draft.tokens.tolist(), draft.confidence.tolist(), strict=True):
-            self.drafts[request.id, len(request.generated)] = (tokens, [round(c, 4) for c in confidence])
+            self.drafts[request.id, len(request.generated)] = (tokens, [round(c, 7) for c in confidence])
         return draft
 
     def release(self, request_id: int) -> None:
