@@ -22,7 +22,7 @@ TIERS = [
     {"monitor", "engine"},
     {"drafters", "budget", "checkpoints"},
     {"target"},
-    {"sampling", "noise", "verify", "losses", "config"},
+    {"sampling", "triton_sampling", "noise", "verify", "losses", "config"},
     {"types"},
     {"errors"},
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Protocol
 
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from dspark.noise import GumbelNoise, uniform
 from dspark.types import Request, TokenLogprobs
+
+_log = logging.getLogger(__name__)
 
 
 def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -68,10 +73,14 @@ class KeyedDraws:
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.noise = GumbelNoise(vocab_size, device)
+        self._draw = _fused_draw() if self.noise.device.type == "cuda" else None
 
     def tokens(
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
     ) -> Tensor:
+        if self._draw is not None:
+            places = (torch.tensor(numbers, device=scores.device) for numbers in (_signed(seeds), positions))
+            return self._draw(scores, temperature, *places, stream)
         return _argmax(self.noisy(scores, temperature, seeds, positions, stream))
 
     def noisy(
@@ -85,6 +94,21 @@ class KeyedDraws:
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability
+
+
+@cache
+def _fused_draw() -> Callable[..., Tensor] | None:
+    """The Triton kernel that adds noise while it looks for the largest, if Triton is there."""
+    try:
+        return importlib.import_module("dspark.triton_sampling").draw
+    except ImportError as error:
+        _log.warning("sampling runs without its Triton kernel: %s", error)
+        return None
+
+
+def _signed(seeds: Sequence[int]) -> list[int]:
+    """The same 64 bits as a tensor of integers holds them."""
+    return [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]
 
 
 def _argmax(scores: Tensor) -> Tensor:
