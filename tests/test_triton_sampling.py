@@ -23,12 +23,12 @@ def fused(scores: Tensor, temperature: Tensor, seeds: list[int], positions: list
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 67, 4097, 9001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_same_tokens_as_the_reference(vocab_size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     scores = (3 * torch.randn(6, vocab_size, generator=generator)).to(dtype)
     scores[1, : vocab_size // 2] = float("-inf")
-    temperature = torch.tensor([0.0, 1.0, 0.3, 2.0, 1.0, 0.0])[:, None]
+    temperature = torch.tensor([0.0, 1.0, 0.3, 2.0, 1.0, 0.0]).to(torch.promote_types(dtype, torch.float32))[:, None]
     seeds, positions = [0, 1, 2**62 + 5, 2**40, 7, 9], [0, 5, 1023, 100_000, 3, 4]
     stream = COUPLED if dtype == torch.float32 else DRAFT
     expected = KeyedDraws(vocab_size).tokens(scores.float(), temperature, seeds, positions, stream)

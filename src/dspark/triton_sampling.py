@@ -46,7 +46,7 @@ def _best_of_block(
     column = block * QUADS * 4 + tl.arange(0, QUADS * 4)
     exists = column < vocab_size
     own = tl.load(scores + row.to(tl.int64) * vocab_size + column, exists, other=float("-inf")).to(tl.float32)
-    heat = tl.load(temperature + row)
+    heat = tl.load(temperature + row).to(tl.float32)
     if heat > 0:
         quad = block * QUADS + tl.arange(0, QUADS)
         w0, w1, w2, w3 = tl.philox(tl.load(seeds + row), quad, tl.load(positions + row).to(tl.int32), stream, 0)
