@@ -114,7 +114,7 @@ def _signed(seeds: Sequence[int]) -> list[int]:
 def _argmax(scores: Tensor) -> Tensor:
     """[N] the first of the largest. On CPU numpy finds it in a tenth of torch's time."""
     on_cpu = scores.device.type == "cpu"
-    return torch.from_numpy(scores.numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
+    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
 
 
 def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
