@@ -51,6 +51,8 @@ def slot_attention(
     if layer not in kv_cache.shared:
         keys.index_copy_(0, plan.write, key[0].transpose(0, 1))
         values.index_copy_(0, plan.write, value[0].transpose(0, 1))
+    if sliding_window is not None:
+        plan.windows.add(sliding_window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     flat = query[0].transpose(0, 1)  # [T, H, D]
     output: Tensor | None = None

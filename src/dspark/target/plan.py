@@ -88,12 +88,14 @@ class Plan:
     """One forward: T tokens, their slots, and the groups in which they are attended.
 
     write [T]       slot that each token's keys and values go to
+    windows         sliding windows that layers asked for
     is_for_graph    one group of short spans, with all the arrays that the compiled graphs take
     """
 
     write: Tensor
     groups: list[Group]
     is_for_graph: bool = False
+    windows: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

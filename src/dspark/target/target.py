@@ -127,7 +127,7 @@ class Target:
                 plan=plan,
                 kv_cache=self.cache,
             )
-        self.windows.update(window for group in plan.groups for window, _ in group.masks if window is not None)
+        self.windows.update(plan.windows)
         return Extension(output.logits[0], torch.cat(captured, -1) if feature_layers else None)
 
     def _reserve(self, spans: Sequence[Span]) -> np.ndarray:
