@@ -21,6 +21,8 @@ TABLES = {
     "target.toml": {"target": TargetSettings},
     "text.toml": {"regenerate": RegenerateSettings},
     "dspark.toml": {"train": TrainSettings, "loss": LossWeights},
+    "dspark-2.toml": {"train": TrainSettings, "loss": LossWeights},
+    "dspark-3.toml": {"train": TrainSettings, "loss": LossWeights},
     "dflash.toml": {"train": TrainSettings, "loss": LossWeights},
     "eagle3.toml": {"train": TrainSettings, "loss": LossWeights},
     "draft.toml": {"draft": DraftSettings},
