@@ -266,3 +266,25 @@ def test_settings_are_of_use(target, texts):
     engine.guard = engine.drafting.guard = Guard(engine.capacity, GuardSettings(min_observations=10**9))
     engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
     assert all(r.num_skipped == 0 for r in records)
+
+
+def test_graphs_are_built_before_the_first_request_and_nothing_is_learned_from_that(target, texts, monkeypatch):
+    class Compiles(Sure):
+        def __init__(self, *rest):
+            super().__init__(*rest)
+            self.num_compiled, self.sizes = 0, []
+
+        def compile(self):
+            self.num_compiled += 1
+
+        def propose(self, requests, rule):
+            self.sizes.append(len(requests))
+            return super().propose(requests, rule)
+
+    monkeypatch.setattr(target, "compile", lambda *layers, **options: True)
+    drafter, records = Compiles(texts), []
+    engine = Engine(target, drafter, "auto", compile=True, capacity=Capacity(), observers=[records.append])
+    assert drafter.num_compiled == 1 and set(drafter.sizes) == {1, 2}
+    assert not engine.capacity.is_known and not records and target.num_free_slots == target.cache.limit
+    engine.generate(PROMPTS, SamplingParams(seed=4, max_tokens=20))
+    assert engine.capacity.is_known and records and engine.guard._num_judged

@@ -87,7 +87,8 @@ def target():
 @pytest.fixture(scope="package")
 def served(target) -> Iterator[Served]:
     """One server for all tests that leave it as they found it."""
-    engine = Engine(target, load_drafter("dspark", target))
+    # always drafting, so that what drafts change is seen; `auto` would stop where it does not pay
+    engine = Engine(target, load_drafter("dspark", target), scheduler="fixed:7")
     with serving(engine) as one:
         yield one
 

@@ -124,6 +124,18 @@ class Engine:
             target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
                 self.drafter.compile()
+                self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Decode a little, alone and in company: graphs are built at their first calls, which nobody should wait for and
+        nothing should be learned from.
+        """
+        learners, observers, guard = self._learners, self.observers, self.drafting.guard
+        self._learners, self.observers, self.drafting.guard = [], [], None
+        params = SamplingParams(max_tokens=2 * (2 + self.drafter.length), ignore_eos=True, seed=0)
+        for num_requests in range(1, min(2, self.batcher.max_running) + 1):
+            self.generate([[0, 0, 0]] * num_requests, params)
+        self._learners, self.observers, self.drafting.guard = learners, observers, guard
 
     # -- what users call ------------------------------------------------------------------------------------------------
 
