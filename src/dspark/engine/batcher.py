@@ -51,10 +51,10 @@ class Batcher:
         self.waiting.appendleft(self.running.pop())
         return self.waiting[0]
 
-    def prompt_spans(self, num_decoding: int) -> list[tuple[Request, Span]]:
-        """The next chunk of each prompt, within the tokens that decoding leaves; logits only where a prompt ends."""
+    def prompt_spans(self, num_decoding_tokens: int) -> list[tuple[Request, Span]]:
+        """The next chunk of each prompt, within what decoding leaves of a step; logits only where a prompt ends."""
         # However many requests are decoding, prompts go on: a quarter of the allowance is theirs.
-        left = max(self.max_tokens - num_decoding * self.lookahead, self.max_tokens // 4, 1)
+        left = max(self.max_tokens - num_decoding_tokens, self.max_tokens // 4, 1)
         spans = []
         for request in self.running:
             if is_reading(request) and left > 0:

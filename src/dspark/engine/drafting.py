@@ -13,7 +13,9 @@ from dspark.types import Draft, Drafter, Request, Rule, StepRecord
 
 log = logging.getLogger(__name__)
 
-_MOST_UNREAD = 256  # positions of one request whose features are kept for the drafter while it is not asked
+# Positions of one request whose features are kept while the drafter is not asked about it. They take about as much
+# memory as the drafter's own keys and values would, and reading them for nothing takes time from everybody.
+_MOST_UNREAD = 4096
 _MOST_PIECES = 16  # each holds on to the features of a whole step until they are joined
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,7 @@ class Engine:
         if self.max_length < 2:
             raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
         self.batcher = Batcher(max_num_seqs, max_num_batched_tokens, lookahead)
+        self._tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.observers = list(observers)
         if compile:
@@ -234,7 +236,7 @@ class Engine:
         with _timed(record, "admit"):
             self._make_room(record)
             decoding = [r for r in self.batcher.running if not is_reading(r)]
-            prompts = self.batcher.prompt_spans(len(decoding))
+            prompts = self.batcher.prompt_spans(math.ceil(len(decoding) * self._tokens_per_request))
             record.load = self._load(record, decoding, prompts)
         with _timed(record, "draft"):
             # A request with room for one more token needs no draft: the target's own next token ends it.
@@ -255,6 +257,8 @@ class Engine:
                 self._record(record, decoding, draft, keep, verdict.accepted)
                 record.rate, record.best_rate = rates(self.capacity, record)
                 self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
+        if decoding:
+            self._tokens_per_request = (record.num_tokens - record.num_prompt_tokens) / len(decoding)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
         record.num_free_slots = self.target.num_free_slots
         for learner in self._learners:
