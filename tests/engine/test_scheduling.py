@@ -283,8 +283,9 @@ def test_graphs_are_built_before_the_first_request_and_nothing_is_learned_from_t
 
     monkeypatch.setattr(target, "compile", lambda *layers, **options: True)
     drafter, records = Compiles(texts), []
-    engine = Engine(target, drafter, "auto", compile=True, capacity=Capacity(), observers=[records.append])
-    assert drafter.num_compiled == 1 and set(drafter.sizes) == {1, 2}
+    options = dict(compile=True, capacity=Capacity(), observers=[records.append], max_num_seqs=6)
+    engine = Engine(target, drafter, "auto", **options)
+    assert drafter.num_compiled == 1 and {1, 6} <= set(drafter.sizes)
     assert not engine.capacity.is_known and not records and target.num_free_slots == target.cache.limit
     engine.generate(PROMPTS, SamplingParams(seed=4, max_tokens=20))
     assert engine.capacity.is_known and records and engine.guard._num_judged

@@ -246,7 +246,10 @@ class BlockDrafter:
                 rows=step.rows[early:],
                 slots=step.slots[early:],
             )
-        noise = noise.expand(batch, self.length, self.model.config.vocab_size).contiguous()
+        # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
+        step = step._replace(**{n: getattr(step, n).clone() for n in ("features", "positions", "rows", "slots")})
+        shape = (batch, self.length, self.model.config.vocab_size)
+        noise = noise if noise.shape == shape else noise.expand(shape).contiguous()
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)

@@ -129,14 +129,14 @@ class Engine:
                 self._warm_up()
 
     def _warm_up(self) -> None:
-        """Decode a little, alone and in company: graphs are built at their first calls, which nobody should wait for and
-        nothing should be learned from.
+        """Decode a little, alone and in full company, with prompts of many lengths: graphs are built at their first calls,
+        and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from.
         """
         learners, observers, guard = self._learners, self.observers, self.drafting.guard
         self._learners, self.observers, self.drafting.guard = [], [], None
         params = SamplingParams(max_tokens=2 * (2 + self.drafter.length), ignore_eos=True, seed=0)
-        for num_requests in range(1, min(2, self.batcher.max_running) + 1):
-            self.generate([[0, 0, 0]] * num_requests, params)
+        for num_requests in (1, self.batcher.max_running, self.batcher.max_running):
+            self.generate([[0] * (2 + n % 16) for n in range(num_requests)], params)
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
 
     # -- what users call ------------------------------------------------------------------------------------------------
