@@ -119,8 +119,8 @@ class ProjectedLoss(torch.autograd.Function):
     """Vocabulary projection and losses in one sweep over chunks of rows, so [N, V] never exists.
 
     The gradient is known as soon as the chunk's law is, so it is taken on the way forward and only scaled on the way
-    back. Chunks are small enough for a core's cache, which is what makes this about 3x faster than the plain form on
-    a CPU; on any device it saves 5 tensors of [N, V].
+    back. Chunks are small enough for a core's cache (benchmarks/training.py has the speed); on any device it saves 5
+    tensors of [N, V].
     """
 
     @staticmethod

@@ -289,3 +289,12 @@ def test_graphs_are_built_before_the_first_request_and_nothing_is_learned_from_t
     assert not engine.capacity.is_known and not records and target.num_free_slots == target.cache.limit
     engine.generate(PROMPTS, SamplingParams(seed=4, max_tokens=20))
     assert engine.capacity.is_known and records and engine.guard._num_judged
+
+
+def test_graphs_are_built_where_there_is_hardly_room(tmp_path, texts, monkeypatch):
+    small = random_target(tmp_path, context=1024)
+    monkeypatch.setattr(small, "compile", lambda *layers, **options: True)
+    drafter = Sure(texts)
+    drafter.compile = lambda: None
+    engine = Engine(small, drafter, compile=True, num_slots=16, capacity=Capacity())
+    assert engine.max_length < 17 and small.num_free_slots == small.cache.limit

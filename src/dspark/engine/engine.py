@@ -136,7 +136,8 @@ class Engine:
         self._learners, self.observers, self.drafting.guard = [], [], None
         params = SamplingParams(max_tokens=2 * (2 + self.drafter.length), ignore_eos=True, seed=0)
         for num_requests in (1, self.batcher.max_running, self.batcher.max_running):
-            self.generate([[0] * (2 + n % 16) for n in range(num_requests)], params)
+            lengths = (min(2 + n % 16, self.max_length - 1) for n in range(num_requests))
+            self.generate([[0] * length for length in lengths], params)
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
 
     # -- what users call ------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def load() -> bool:
         reason = getattr(error, "stderr", None) or str(error)
         _log.warning("attention and noise run without their C++ kernels: %s", reason.strip().splitlines()[-1])
         return False
-    torch.library.register_fake("dspark::attend_slots", _shape)
+    torch.library.register_fake("dspark::attend_slots", attended_shape)
     attend_slots = torch.ops.dspark.attend_slots
     noise.keyed_uniform = torch.ops.dspark.keyed_uniform
     return True
@@ -76,7 +76,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _shape(
+def attended_shape(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -86,10 +86,8 @@ def _shape(
     inside: Tensor | None,
     rows: Tensor | None,
     back: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
+    *_: object,
 ) -> Tensor:
+    """What a kernel over slots gives, without its values: for tracing."""
     count = positions.shape[0] * positions.shape[1] if back is None else back.shape[0]
     return query.new_empty(count, query.shape[1], values.shape[2])

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspark.target.native import attended_shape
 from dspark.target.plan import SHORT
 
 _AT_ONCE = tl.constexpr(16)  # splits that the second pass adds at a time: fixed, because it is part of the order
@@ -292,18 +293,4 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-@attend_slots.register_fake
-def _shape(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    positions: Tensor,
-    inside: Tensor | None,
-    rows: Tensor | None,
-    back: Tensor | None,
-    *_: object,
-) -> Tensor:
-    count = positions.shape[0] * positions.shape[1] if back is None else back.shape[0]
-    return query.new_empty(count, query.shape[1], values.shape[2])
+attend_slots.register_fake(attended_shape)
