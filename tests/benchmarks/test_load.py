@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from benchmarks.load import parse
@@ -40,9 +38,8 @@ def test_loops_leave_nothing_behind(tmp_path):
     measured = closed_loop(engine, Workload(**WORK), num_requests=3, num_tokens=30)
     assert 30 <= measured.tokens < 33 and 0 < measured.decoded <= 3 * measured.steps and measured.seconds > 0
     assert not engine.has_work
-    began = time.monotonic()
     found = open_loop(engine, Workload(**WORK), per_second=1e4, seconds=0.2)  # far more than it can serve
-    assert found.num_unfinished > 0 and time.monotonic() - began < 30
+    assert found.num_unfinished > 0
     assert all(4 <= r.num_tokens <= 8 and 0 < r.first_token_seconds <= r.seconds for r in found.served)
     assert not engine.has_work and target.num_free_slots == target.cache.limit
 

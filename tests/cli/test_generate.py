@@ -44,7 +44,7 @@ def test_json_is_one_object_of_this_shape(capsys: Capture) -> None:
 
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(capsys: Capture) -> None:
-    options = (*SHORT, "--seed", "3")
+    options = (*SHORT, "--seed", "3", "--scheduler", "fixed:7")
     expected = run_json(capsys, "generate", PROMPT, *options)
     code, out, err = run(capsys, "generate", PROMPT, *options)
     assert code == 0
@@ -114,7 +114,7 @@ def test_a_pipe_gets_plain_text() -> None:
 
 @pytest.mark.parametrize(("env", "colours"), [({}, True), ({"NO_COLOR": "1"}, False)], ids=["colour", "NO_COLOR"])
 def test_a_terminal_sees_which_tokens_were_drafted(capsys: Capture, env: dict[str, str], colours: bool) -> None:
-    options = (*SHORT, "--temperature", "0")
+    options = (*SHORT, "--temperature", "0", "--scheduler", "fixed:7")
     expected = run_json(capsys, "generate", PROMPT, *options)
     assert sum(accepted for _, _, accepted in expected["rounds"]) > 0, "this test needs accepted draft tokens"
     ours, theirs = pty.openpty()

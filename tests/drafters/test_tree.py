@@ -26,7 +26,7 @@ from dspark.sampling import KeyedDraws
 from dspark.target.target import Target
 from dspark.types import Draft, Request, SamplingParams
 from dspark.verify import Coupled, Rejection
-from engine.models import VOCAB_SIZE, random_target, reference_features
+from engine.models import VOCAB_SIZE, Known, random_target, reference_features
 from enumeration import Table, decode_law, distance, random_table, target_law
 
 SHAPE: dict[str, Any] = dict(
@@ -200,7 +200,7 @@ def test_schedulers_cut_trees(scheduler: str, rule: str, target: Target) -> None
     params = [SamplingParams(temperature=0.0, max_tokens=26) for _ in PROMPTS]
     plain = [Engine(target).generate([p], s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
     grower = KnowingGrower([p + t for p, t in zip(PROMPTS, plain, strict=True)])
-    engine = Engine(target, TreeDrafter(grower, size=12, width=3), scheduler, rule)
+    engine = Engine(target, TreeDrafter(grower, size=12, width=3), scheduler, rule, capacity=Known())
     generations = engine.generate(PROMPTS, params)
     assert [g.token_ids for g in generations] == plain
     rounds = [r for g in generations for r in g.rounds]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dspark.budget.capacity import Capacity
 from dspark.target.loading import load_target
 from dspark.target.target import Target
-from dspark.types import Draft, Request, Rule
+from dspark.types import Draft, Request, Rule, StepRecord
 
 VOCAB_SIZE = 61
 
@@ -63,6 +66,23 @@ def reference_features(target: Target, tokens: Sequence[int], layers: Sequence[i
     """[S, F] by one forward of transformers' own model; hidden_states[i + 1] is what layer i put out."""
     states = _plain[target](torch.tensor([list(tokens)]), output_hidden_states=True).hidden_states
     return torch.cat([states[i + 1][0] for i in layers], -1)
+
+
+class Known(Capacity):
+    """Costs that no clock decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoding.num_near = lambda size, requests: 9  # type: ignore[method-assign]
+
+    def seconds(self, tokens: Any, requests: int, context_tokens: int, is_reading: bool = False) -> Any:
+        return 1.0 + 0.1 * np.asarray(tokens)
+
+    def draft_seconds(self, requests: int, context_tokens: int) -> float:
+        return 0.3 + 0.05 * requests
+
+    def observe(self, record: StepRecord) -> None:
+        pass
 
 
 class OracleDrafter:

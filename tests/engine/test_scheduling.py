@@ -19,7 +19,7 @@ from dspark.engine import drafting
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration
 from dspark.types import Draft, SamplingParams
-from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features
+from engine.models import VOCAB_SIZE, Known, OracleDrafter, random_target, reference_features
 
 NAMES = ["fixed:3", "threshold:0.5", "algorithm1", "lagged", "optimal", "tokens-per-batch", "startup-table", "auto"]
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7], [1] * 12, [8, 2, 8]]
@@ -50,7 +50,8 @@ class Sure(OracleDrafter):
 def test_every_scheduler_writes_the_text_of_plain_decoding(target, texts, name, tree):
     for kind in (OracleDrafter, Sure):
         records = []
-        engine = Engine(target, kind(texts, tree=tree), name, max_num_seqs=3, observers=[records.append])
+        options = {"max_num_seqs": 3, "observers": [records.append], "capacity": Known()}
+        engine = Engine(target, kind(texts, tree=tree), name, **options)
         generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
         assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
         assert sum(sum(r.accepted) for r in records) > 10
@@ -175,23 +176,6 @@ class Useless(OracleDrafter):
             for t, n in zip(known, lengths, strict=True)
         ]
         return Draft(torch.tensor(wrong), torch.full((len(requests),), 5), torch.full((len(requests), 5), 0.75))
-
-
-class Known(Capacity):
-    """Costs that no clock decides."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoding.num_near = lambda size, requests: 9
-
-    def seconds(self, tokens, requests, context_tokens, is_reading=False):
-        return 1.0 + 0.1 * np.asarray(tokens)
-
-    def draft_seconds(self, requests, context_tokens):
-        return 0.3 + 0.05 * requests
-
-    def observe(self, record):
-        pass
 
 
 def test_the_guard_ends_drafts_of_a_useless_drafter(target):

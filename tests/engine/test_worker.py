@@ -203,7 +203,7 @@ def test_a_drafter_that_recovers_drafts_for_the_next_request(target, started):
     text = expected(target, PROMPTS[0], **settings)
     broken = BrokenDrafter([PROMPTS[0] + text], num_good=0)
     records = []
-    worker = started(Engine(target, broken), on_finished=[records.append])
+    worker = started(Engine(target, broken, "fixed:5"), on_finished=[records.append])
     assert Caller(worker, PROMPTS[0], **settings).all()[0] == text
     assert broken.num_calls == 1  # what it missed of a request it cannot catch up on
     broken.num_good = 1000
@@ -229,11 +229,16 @@ def test_watchers_that_raise_cost_nothing(target, started, caplog):
         raise KeyError("metrics")
 
     seen = []
-    worker = started(Engine(target), observers=[broken, seen.append], on_finished=[broken], idle_tasks=[lambda: 1 / 0])
+    ended = []
+    wrong, right = [lambda: 1 / 0], [lambda: ended.append(threading.current_thread().name)]
+    watchers = {"observers": [broken, seen.append], "on_finished": [broken], "idle_tasks": wrong}
+    worker = started(Engine(target), **watchers, at_end=wrong + right)
     for _ in range(2):
         assert Caller(worker, [1, 2], max_tokens=5).all()[1] == "length"
     assert len(seen) == 10
-    assert caplog.text.count("is not called again") == 3
+    assert caplog.text.count("is not called again") == 3 and not ended
+    worker.close()
+    assert ended == ["dspark-engine"]
 
 
 def test_idle_tasks_run_only_between_requests(target, started):

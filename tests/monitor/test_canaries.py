@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -109,10 +110,25 @@ def test_users_get_the_slots_back_and_the_replay_still_ends_right(target):
     assert [o.kind for o in seen] == ["equal"]
 
 
+def test_a_worker_that_ends_in_the_middle_of_a_replay_holds_no_slot(target):
+    canaries, is_halfway = Canaries(Engine(target), 1.0, "float32"), threading.Event()
+
+    def one_step() -> bool:
+        if canaries.idle():
+            is_halfway.set()
+        return False
+
+    options = {"on_finished": [canaries.request], "idle_tasks": [one_step], "at_end": [canaries.close]}
+    worker = Worker(Engine(target), **options).start()
+    worker.submit([worker.engine.prepare([3, 1, 4], PARAMS)], [lambda delta: None])
+    assert is_halfway.wait(30)
+    assert target.num_free_slots < target.cache.limit
+    worker.close()
+    assert target.num_free_slots == target.cache.limit
+
+
 def test_in_a_worker_with_metrics_and_events(target, tmp_path):
     """The whole chain: a request is served, replayed when idle, counted; and plain steps give the speed-up its measure."""
-    import threading
-
     metrics, done = Metrics("t", "oracle", 100, process=False), threading.Event()
     events = EventLog(tmp_path / "events.jsonl")
 

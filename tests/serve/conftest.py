@@ -17,6 +17,7 @@ from dspark.engine.worker import Worker
 from dspark.serve.app import make_app
 from dspark.serve.process import Server, listen
 from dspark.serve.settings import ServeSettings
+from dspark.target.kv_cache import KVCache
 
 
 @dataclass
@@ -42,20 +43,22 @@ class Served:
 
     def settle(self) -> None:
         """Wait until nothing runs; then every slot must be free."""
-        deadline = time.monotonic() + 30
-        while self.worker.num_open and time.monotonic() < deadline:
+        cache = self.engine.target.cache
+        deadline = time.monotonic() + 60
+        while (self.worker.num_open or cache.request_ids) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert self.worker.num_open == 0
-        cache = self.engine.target.cache
-        deadline = time.monotonic() + 5
-        while cache.num_free_slots != cache.limit and time.monotonic() < deadline:
-            time.sleep(0.01)
-        cache.check()
-        assert cache.num_free_slots == cache.limit
+        assert_all_free(cache)
+
+
+def assert_all_free(cache: KVCache) -> None:
+    cache.check()
+    assert cache.num_free_slots == cache.limit
 
 
 @contextmanager
 def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings) -> Iterator[Served]:
+    """However a test ends, it leaves no thread and no slot of the target that all tests share."""
     before = set(threading.enumerate())
     worker = Worker(engine, **(worker_options or {})).start()
     app = make_app(worker, ServeSettings(**{"model_names": ("tiny",), **settings}))
@@ -71,12 +74,13 @@ def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings)
         yield served
         served.settle()
     finally:
+        worker.close()  # first, so that no client waits for an answer
         server.should_exit = True
         thread.join(30)
-        loop.close()
-        worker.close()
         assert not thread.is_alive()
+        loop.close()
         assert not {t for t in threading.enumerate() if t.name.startswith("dspark-")} - before
+        assert_all_free(engine.target.cache)
 
 
 @pytest.fixture(scope="package")

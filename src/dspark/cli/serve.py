@@ -240,6 +240,7 @@ def _app(args: argparse.Namespace, engine: Engine, settings: ServeSettings) -> t
         observers=[monitoring.step],
         on_finished=[monitoring.request],
         idle_tasks=[monitoring.idle],
+        at_end=[monitoring.close],
         drafter=drafter,
     )
     dashboard = make_dashboard(monitoring.snapshot, is_ending=lambda: worker.is_draining)

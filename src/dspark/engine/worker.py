@@ -42,10 +42,11 @@ class Worker:
     on_finished       called with a RequestRecord whenever a request ends, whatever ended it
     idle_tasks        called while there is nothing to do, in turn; each does a little (at most about one step) and returns
                       whether it has more. Requests go first: the next one is looked for after every call.
+    at_end            called once, after the last request: what idle tasks hold is given back here
     drafter           how records name the engine's drafter
 
-    Observers, on_finished and idle tasks run on the worker's thread. One that raises is logged and not called again:
-    watching must never cost a request.
+    All of these run on the worker's thread. One that raises is logged and not called again: watching must never cost a
+    request.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Worker:
         observers: Iterable[Observer] = (),
         on_finished: Iterable[RequestObserver] = (),
         idle_tasks: Iterable[IdleTask] = (),
+        at_end: Iterable[Callable[[], Any]] = (),
         drafter: str | None = None,
     ) -> None:
         self.engine, self.max_waiting, self.stuck_seconds = engine, max_waiting, stuck_seconds
@@ -64,6 +66,7 @@ class Worker:
         self.observers: list[Observer] = list(observers)
         self.on_finished: list[RequestObserver] = list(on_finished)
         self.idle_tasks: list[IdleTask] = list(idle_tasks)
+        self.at_end: list[Callable[[], Any]] = list(at_end)
         self.num_faults = 0  # steps that raised
         self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._jobs: dict[int, _Job] = {}  # of the worker's thread alone
@@ -165,6 +168,8 @@ class Worker:
             self._deliver()
             if not self.engine.has_work and self._inbox.empty():
                 self._rest()
+        for call in list(self.at_end):
+            self._guarded(self.at_end, call)
 
     def _obey(self) -> bool:
         """Do what callers asked for; False once there is nothing left to do, ever."""

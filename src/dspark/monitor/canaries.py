@@ -48,7 +48,7 @@ class Outcome:
 
 class Canaries:
     """Replays finished requests. Give `request` to the worker's on_finished, `step` to its observers, `idle` to its
-    idle tasks.
+    idle tasks, `close` to what it does at its end.
 
     share      of the finished requests, 0 .. 1
     dtype      of the target: what rounding may explain
@@ -110,6 +110,10 @@ class Canaries:
         for replay in ended:
             self._tell(self._judged(*replay))
         return self.engine.has_work
+
+    def close(self) -> None:
+        """Give the slots of unfinished replays back."""
+        self.engine.set_aside()
 
     def _judged(self, record: RequestRecord, replay: Request) -> Outcome:
         plain = replay.generated

@@ -34,8 +34,8 @@ class MonitorSettings:
 
 
 class Monitoring:
-    """Give `step` to the worker's observers, `request` to on_finished, `idle` to its idle tasks; `snapshot` feeds the
-    dashboard and `metrics.render` is `/metrics`.
+    """Give `step` to the worker's observers, `request` to on_finished, `idle` to its idle tasks, `close` to
+    what it does at its end; `snapshot` feeds the dashboard and `metrics.render` is `/metrics`.
 
     plain      an engine over the same target without drafter and prefix cache; None replays nothing (rejection rule)
     logits_of  the target in float32, for targets in less; without it their differing canaries are unjudged
@@ -101,6 +101,12 @@ class Monitoring:
     def idle(self) -> bool:
         """Idle task: a little of what can wait; whether there is more."""
         return self.canaries is not None and self.canaries.idle()
+
+    def close(self) -> None:
+        """No step follows."""
+        if self.canaries is not None:
+            self.canaries.close()
+        self.events.close()
 
     def _look_at(self, beliefs: LiveBeliefs) -> None:
         self.metrics.belief_drift.set(beliefs.drift)
