@@ -93,13 +93,20 @@ def free_port() -> int:
 def train_together(
     rank: int, size: int, port: int, target: Path, data: Path, out: Path, recipes: Sequence[Path]
 ) -> None:
-    """One of several processes of one run, as torchrun would start it."""
+    """One of several processes of one run, as torchrun would start it. Leaves word of how many weights it keeps."""
+    from torch.distributed.tensor import DTensor
+
     from dspark.train.distributed import join, leave
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     join()
     try:
-        make_trainer(target, data, out, recipes).run()
+        trainer = make_trainer(target, data, out, recipes)
+        trainer.resume()
+        trainer.run()
+        weights = trainer.students[0].model.parameters()
+        kept = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        (out / f"kept-{rank}").write_text(str(sum(w.numel() for w in kept)), encoding="utf-8")
     finally:
         leave()

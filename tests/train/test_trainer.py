@@ -68,9 +68,9 @@ def test_the_loss_falls_on_text_that_can_be_learned_by_heart(target_folder: Path
         validate_every=100,
     )
     [student] = trainer.students
-    before = trainer.validation_losses(student)
+    before = trainer.validation_losses(student, student.averaged())
     trainer.run()
-    assert trainer.validation_losses(student)["cross_entropy"] < 0.5 * before["cross_entropy"]
+    assert trainer.validation_losses(student, student.averaged())["cross_entropy"] < 0.5 * before["cross_entropy"]
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -117,24 +117,36 @@ def test_a_kill_at_any_moment_changes_no_bit(target_folder: Path, texts: Path, t
             assert rows[0] == rows[1] and rows[0][-1]["step"] == 12
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_learn_what_one_does_that_accumulates_two(
-    target_folder: Path, texts: Path, tmp_path: Path
+    target_folder: Path, texts: Path, tmp_path: Path, sharded: bool
 ) -> None:
-    train = TRAIN.replace("steps = 12", "steps = 6") + 'precision = "float32"\n'
+    """Also when they stop halfway and go on."""
+    train = TRAIN.replace("steps = 12", "steps = 3") + 'precision = "float32"\n'
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    two = [write_recipe(tmp_path / "two" / "dspark.toml", train=train)]
-    one = [write_recipe(tmp_path / "one" / "dspark.toml", train=train + "accumulate = 2\n")]
-    port = free_port()
-    pair = [start(train_together, rank, 2, port, target_folder, texts, tmp_path / "together", two) for rank in range(2)]
-    make_trainer(target_folder, texts, tmp_path / "alone", one).run()
-    for process in pair:
-        process.join()
-        assert process.exitcode == 0
+    for train in (train, train.replace("steps = 3", "steps = 6")):
+        two = write_recipe(tmp_path / "two" / "dspark.toml", train=train + f"sharded = {str(sharded).lower()}\n")
+        one = write_recipe(tmp_path / "one" / "dspark.toml", train=train + "accumulate = 2\n")
+        port = free_port()
+        pair = [
+            start(train_together, rank, 2, port, target_folder, texts, tmp_path / "together", [two])
+            for rank in range(2)
+        ]
+        single = make_trainer(target_folder, texts, tmp_path / "alone", [one])
+        single.resume()
+        single.run()
+        for process in pair:
+            process.join()
+            assert process.exitcode == 0
+    kept = [int((tmp_path / "together" / f"kept-{rank}").read_text(encoding="utf-8")) for rank in range(2)]
+    num_weights = sum(p.numel() for p in single.students[0].model.parameters())
+    assert sum(kept) == num_weights if sharded else kept == [num_weights] * 2
     together, alone = (state_of(tmp_path / run) for run in ("together", "alone"))
     assert together["progress"] == alone["progress"]
-    for name, value in alone["students"]["dspark"]["model"].items():
-        torch.testing.assert_close(together["students"]["dspark"]["model"][name], value, atol=1e-6, rtol=1e-5)
+    for part in ("model", "optimizers"):
+        here, there = (state["students"]["dspark"][part] for state in (together, alone))
+        torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-5)
     rows = [Table(tmp_path / run / "dspark" / "validation.csv").rows()[-1] for run in ("together", "alone")]
     assert rows[0]["decoded_tau"] == rows[1]["decoded_tau"]
     assert rows[0]["cross_entropy"] == pytest.approx(rows[1]["cross_entropy"], rel=1e-4)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspark.train.distributed import spread_like, whole
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024); matrices of one shape are taken together."""
@@ -27,16 +29,21 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             matrices = group["params"]
-            gradient = torch.stack([matrix.grad for matrix in matrices])
-            state = self.state[matrices[0]]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(gradient)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            direction = orthogonalised(gradient.lerp(state["momentum"], group["momentum"]))
+            ahead = torch.stack([whole(self._ahead(matrix, group["momentum"])) for matrix in matrices])
             rows, columns = matrices[0].shape
             step_size = group["lr"] * max(1, rows / columns) ** 0.5
-            for matrix, update in zip(matrices, direction, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step_size)
+            for matrix, update in zip(matrices, orthogonalised(ahead), strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(spread_like(update, matrix), alpha=-step_size)
+
+    def _ahead(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        """Nesterov's gradient: where the momentum is going."""
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(matrix)
+        state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["momentum"], momentum)
 
 
 def orthogonalised(x: Tensor, num_iterations: int = 5) -> Tensor:
@@ -95,6 +102,15 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], scale: float)
             group["lr"] = group["peak_lr"] * scale
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """From a state in one piece; what has its parameter's shape is laid out over the processes as the parameter is."""
+    optimizer.load_state_dict(saved)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = spread_like(value, parameter)
+
+
 def trapezoid(step: int, num_steps: int, warmup: float, decay: float) -> float:
     """Up over the first share of the steps, flat, and down to 0 over the last: the end can be moved while it is flat."""
     return max(
@@ -137,4 +153,4 @@ class RunningMean:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
         for name, value in state["mean"].items():
-            self.mean[name].copy_(value)
+            self.mean[name].copy_(spread_like(value, self.mean[name]))

@@ -19,9 +19,9 @@ from dspark.checkpoints.dialects import MODELS
 from dspark.drafters.block_model import TraceBatch
 from dspark.errors import DSparkError, InvalidConfiguration
 from dspark.losses import Losses, LossWeights
-from dspark.train.distributed import shared, without_averaging
+from dspark.train.distributed import shared, spread_like, whole, whole_state, without_averaging
 from dspark.train.files import move_files, replace_file
-from dspark.train.optim import SCHEDULES, RunningMean, make_adamw, make_optimizers, set_learning_rate
+from dspark.train.optim import SCHEDULES, RunningMean, load_optimizer, make_adamw, make_optimizers, set_learning_rate
 from dspark.train.run_log import Table
 from dspark.train.start import start
 
@@ -37,6 +37,7 @@ class TrainSettings:
     schedule           trapezoid: flat, then down to 0 over the last `decay` of the steps; cosine. Both rise over `warmup`
     mean_decay         of the running mean of the weights, which is what is saved; 0: the weights themselves
     precision          of the arithmetic: bfloat16 (autocast; parameters stay float32) or float32
+    sharded            several processes: each keeps a part of weights, gradients and optimiser state (FSDP2), not all (DDP)
     checkpoint_layers  compute the layers again on the way back instead of keeping what is inside them
     num_validation     texts that are only evaluated
     validation_prompts decoded at every validation, validation_tokens each at most; 0: losses only
@@ -59,6 +60,7 @@ class TrainSettings:
     mean_decay: float = 0.998
     clip: float = 1.0
     precision: str = "bfloat16"
+    sharded: bool = False
     checkpoint_layers: bool = False
     num_validation: int = 256
     validate_every: int = 500
@@ -117,13 +119,13 @@ class Student:
         if self.settings.checkpoint_layers:
             for layer in self.model.layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        self.objective = shared(self.model, self.settings.sharded)
         self.mean = RunningMean(self.model, self.settings.mean_decay)
         self.optimizers = (
             make_optimizers(self.model, self.settings.lr_matrices, self.settings.lr_rest, self.settings.weight_decay)
             if self.settings.optimizer == "muon"
             else make_adamw(self.model, self.settings.lr, self.settings.weight_decay)
         )
-        self.objective = shared(self.model)
         self.smooth: dict[str, float] = {}
         self.sums: dict[str, float] = {}
         self.best_tau = 0.0
@@ -156,7 +158,7 @@ class Student:
 
     def step(self, scale: float, batch: TraceBatch) -> None:
         """One optimiser step at `scale` times the peak learning rates; batch is the last one, for when it goes wrong."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip))
         if not math.isfinite(float(norm)):
             self.stop(f"the gradient of {self.out.name} became {float(norm)}", batch)
         set_learning_rate(self.optimizers, scale)
@@ -179,45 +181,46 @@ class Student:
     # -- writing --------------------------------------------------------------------------------------------------------
 
     def averaged(self) -> Any:
-        """A copy of the model with the running mean of its weights."""
+        """A copy of the model with the running mean of its weights, whole in every process."""
         with torch.device(self.device):
             model = MODELS[self.recipe.architecture][1](self.recipe.config)
-        model.load_state_dict({**self.model.state_dict(), **self.mean.mean})
+        model.load_state_dict(whole_state({**self.model.state_dict(), **self.mean.mean}))
         return model.eval()
 
-    def export(self, folder: Path) -> None:
+    def export(self, averaged: Any, folder: Path) -> None:
         """The averaged weights as a drafter that the engine loads; whole or not at all."""
-        save_drafter(self.averaged(), folder / "saving", **self.extra)
+        save_drafter(averaged, folder / "saving", **self.extra)
         move_files(folder / "saving", folder, ("config.json", "model.safetensors"))
 
-    def keep_best(self, tau: float) -> None:
+    def keep_best(self, averaged: Any, tau: float) -> None:
         """If nothing so far was better, these weights are what `--drafter` gets."""
         if tau > self.best_tau:
             self.best_tau = tau
-            self.export(self.out)
+            self.export(averaged, self.out)
 
-    def save_newest(self) -> None:
-        self.export(self.out / "last")
+    def save_newest(self, averaged: Any) -> None:
+        self.export(averaged, self.out / "last")
         if not self.best_tau:
-            self.export(self.out)
+            self.export(averaged, self.out)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that going on needs."""
-        return {
+        """All that going on needs, in one piece."""
+        state = {
             "model": self.model.state_dict(),
             "mean": self.mean.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "smooth": self.smooth,
             "best_tau": self.best_tau,
         }
+        return dict(whole_state(state))
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        self.model.load_state_dict(state["model"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: spread_like(value, own[name]) for name, value in state["model"].items()})
         self.mean.load_state_dict(state["mean"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         self.smooth, self.best_tau = state["smooth"], state["best_tau"]
-        self.forget_after(step)
 
     def forget_after(self, step: int) -> None:
         """Drop logged rows that are about to be written again."""

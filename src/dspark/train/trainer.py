@@ -151,7 +151,8 @@ class Trainer:
                         self._log(bar, student, "validation", self.validate(student))
                     if self.is_first:
                         write_report(self.plan)
-                if time.time() - last_save > settings.save_seconds or is_last:
+                is_due = time.time() - last_save > settings.save_seconds
+                if any(mean_over_processes([is_due])) or is_last:  # saving is for all of them, and clocks differ
                     self.save()
                     last_save = time.time()
         if self.is_first:
@@ -209,11 +210,12 @@ class Trainer:
     @torch.no_grad()
     def validate(self, student: Student) -> dict[str, float]:
         """Losses of the averaged weights over the validation texts, and tau of decoding held-out prompts with them."""
-        values = self.validation_losses(student)
+        averaged = student.averaged()
+        values = self.validation_losses(student, averaged)
         if not self.prompts:
             return values
         if self.is_first:
-            self._written(lambda: student.export(student.out / "last"))
+            self._written(lambda: student.export(averaged, student.out / "last"))
         gathered(None)  # wait for the file
         decoding = Decoding(self.settings.validation_tokens)
         with self.online.over_slots():
@@ -221,13 +223,13 @@ class Trainer:
         if not outcome.accepted:
             raise InvalidConfiguration("no validation prompt got two tokens: raise validation_tokens")
         if self.is_first:
-            self._written(lambda: student.keep_best(outcome.tau))
+            self._written(lambda: student.keep_best(averaged, outcome.tau))
         accepted = {f"accepted_{k + 1}": share for k, share in enumerate(outcome.acceptance)}
         return {**values, "decoded_tau": outcome.tau, "decoded_tau_error": outcome.standard_error, **accepted}
 
-    def validation_losses(self, student: Student) -> dict[str, float]:
+    def validation_losses(self, student: Student, model: Any) -> dict[str, float]:
         """Means over the validation texts, with the same anchors each time."""
-        objective = Objective(student.averaged())
+        objective = Objective(model)
         generator = torch.Generator().manual_seed(0)
         sums: dict[str, float] = {}
         count = 0
@@ -249,17 +251,18 @@ class Trainer:
 
     def save(self) -> None:
         """The newest drafters, then everything needed to go on: killed in between, the older state writes them again."""
-        if not self.is_first:
-            return
+        averaged = [student.averaged() for student in self.students]
         state = {
             "identity": self.identity,
             "progress": self.progress,
             "students": {student.recipe.name: student.state_dict() for student in self.students},
         }
+        if not self.is_first:
+            return  # it was needed for its parts
 
         def write() -> None:
-            for student in self.students:
-                student.save_newest()
+            for student, model in zip(self.students, averaged, strict=True):
+                student.save_newest(model)
             with replace_file(self.state_path) as partial:
                 torch.save(state, partial)
 
@@ -277,8 +280,7 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the last save; false when there is none."""
         if not self.state_path.exists():
-            for student in self.students:
-                student.forget_after(0)  # rows of a run that was killed before its first save
+            self._forget_after(0)  # rows of a run that was killed before its first save
             return False
         state = torch.load(self.state_path, weights_only=True, map_location=self.target.device)
         if state["identity"] != self.identity:
@@ -288,8 +290,14 @@ class Trainer:
             )
         self.progress.update(state["progress"])
         for student in self.students:
-            student.load_state_dict(state["students"][student.recipe.name], int(self.progress["step"]))
+            student.load_state_dict(state["students"][student.recipe.name])
+        self._forget_after(int(self.progress["step"]))
         return True
+
+    def _forget_after(self, step: int) -> None:
+        if self.is_first:
+            for student in self.students:
+                student.forget_after(step)
 
 
 def _choose_vocabulary(model: Any, texts: list[Text]) -> None:
