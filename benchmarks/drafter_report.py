@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.drafter_results import Comparison
 from benchmarks.plot import require_matplotlib
 
-BASELINES = ("dflash", "eagle3")
+BASELINES = ("dflash", "eagle3", "reference")
 
 
 def table(found: Comparison) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.drafters --texts runs/tiny/text --data DATA --out runs/compare --seeds 3 --minutes 60
 
-All recipes of recipes/compare are trained side by side on the same batches, once per seed, from drawn weights. Then the
-target answers held-out prompts, the same for everyone, and every drafter is walked through the answers from round to
+All recipes of recipes/compare (or --recipes) are trained side by side on the same batches, once per seed. Then the target
+answers held-out prompts, the same for everyone, and every drafter is walked through the answers from round to
 round (dspark.train.acceptance: exactly what decoding would have done), for every length of draft up to the block.
 
 A seed has a folder, in it a folder for each drafter. What is finished is not done again, and what was interrupted goes on.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,21 @@ from dspark.train.trainer import Trainer
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+# How a drafter learns from a batch. What is in the batches, and how many there are, must be the same for all.
+LEARNING = ("optimizer", "lr", "lr_matrices", "lr_rest", "weight_decay", "schedule", "warmup", "decay", "mean_decay")
+LEARNING += ("start_from_target",)
+
+
 def plan_of(seed: int, options: argparse.Namespace) -> Plan:
-    """All recipes, which must agree in everything but the drafter and its losses."""
+    """All recipes, which must agree in everything but the drafter, its losses and how it learns."""
     places = {"target": options.target, "data": options.texts, "out": options.out / f"seed-{seed}", "dtype": "float32"}
     plan = make_plan(sorted(options.recipes.glob("*.toml")), places, {"seed": seed, "steps": options.steps})
     for recipe in plan.recipes:
-        if recipe.settings != plan.settings:
+        same = replace(recipe.settings, **{name: getattr(plan.settings, name) for name in LEARNING})
+        if same != plan.settings:
             raise InvalidConfiguration(
                 f"{recipe.name}.toml and {plan.recipes[0].name}.toml have different [train] tables: drafters are "
-                "compared at equal training; make them equal"
+                f"compared on equal batches. Only these may differ: {', '.join(LEARNING)}"
             )
     return plan
 

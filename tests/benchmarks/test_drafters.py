@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_recipes_differ_in_the_drafter_and_its_losses_only() -> None:
         assert own["drafter"]["target_layer_ids"] == reference["drafter"]["target_layer_ids"], name
         assert own["drafter"].get("block_size", own["drafter"].get("ttt_length")) == 7, name
     assert tables["dflash-l1"]["loss"] == reference["loss"] == tables["eagle3-l1"]["loss"]
+
+
+def test_the_ablation_changes_one_thing_at_a_time() -> None:
+    tables = {path.stem: read_toml(path) for path in (RECIPES.parent / "ablation").glob("*.toml")}
+    reference = tables["reference"]
+    for name, own in tables.items():
+        assert (own["drafter"], own["loss"]) == (reference["drafter"], reference["loss"]), name
+        assert {k for k, _ in own["train"].items() ^ reference["train"].items()} <= set(drafters.LEARNING), name
+    steps = [tables[name]["train"] for name in ("with-muon", "with-muon-mean", "with-muon-mean-start")]
+    for before, after in pairwise(steps):
+        assert len(after.items() - before.items()) == 1
 
 
 SMALL = """[drafter]

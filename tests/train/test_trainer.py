@@ -122,10 +122,10 @@ def test_two_processes_learn_what_one_does_that_accumulates_two(
     target_folder: Path, texts: Path, tmp_path: Path, sharded: bool
 ) -> None:
     """Also when they stop halfway and go on."""
-    train = TRAIN.replace("steps = 12", "steps = 3") + 'precision = "float32"\n'
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    for train in (train, train.replace("steps = 3", "steps = 6")):
+    for steps in (3, 6):
+        train = TRAIN.replace("steps = 12", f"steps = {steps}") + 'precision = "float32"\n'
         two = write_recipe(tmp_path / "two" / "dspark.toml", train=train + f"sharded = {str(sharded).lower()}\n")
         one = write_recipe(tmp_path / "one" / "dspark.toml", train=train + "accumulate = 2\n")
         port = free_port()

@@ -81,7 +81,8 @@ def shared(model: nn.Module, is_sharded: bool) -> nn.Module:
         return objective
     if is_sharded:
         device = next(model.parameters()).device.type
-        return fully_shard(objective, mesh=init_device_mesh(device, (dist.get_world_size(),)))
+        fully_shard(objective, mesh=init_device_mesh(device, (dist.get_world_size(),)))
+        return objective
     # a loss with weight 0 leaves parameters without a gradient
     return DistributedDataParallel(objective, find_unused_parameters=True)
 

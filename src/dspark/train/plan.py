@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def settings(self) -> TrainSettings:
-        """Batches, steps and schedule are the first recipe's."""
+        """Batches and steps are the first recipe's."""
         return self.recipes[0].settings
 
 

@@ -156,12 +156,16 @@ class Student:
         (losses.total / self.settings.accumulate).backward()
         return losses
 
-    def step(self, scale: float, batch: TraceBatch) -> None:
-        """One optimiser step at `scale` times the peak learning rates; batch is the last one, for when it goes wrong."""
+    def rate(self, step: int, num_steps: int) -> float:
+        """The learning rates of a step, as a share of their peaks."""
+        return SCHEDULES[self.settings.schedule](step, num_steps, self.settings.warmup, self.settings.decay)
+
+    def step(self, rate: float, batch: TraceBatch) -> None:
+        """One optimiser step; batch is the last one, for when it goes wrong."""
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip))
         if not math.isfinite(float(norm)):
             self.stop(f"the gradient of {self.out.name} became {float(norm)}", batch)
-        set_learning_rate(self.optimizers, scale)
+        set_learning_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,6 @@ from dspark.train.cache import TraceCache
 from dspark.train.decoding import Decoding, decode
 from dspark.train.distributed import Objective, gathered, join, mean_over_processes
 from dspark.train.files import replace_file
-from dspark.train.optim import SCHEDULES
 from dspark.train.plan import Plan, identity
 from dspark.train.report import write_report
 from dspark.train.run_log import Curves, ProgressBar, time_left
@@ -161,7 +160,6 @@ class Trainer:
     def step(self, stream: Iterator[tuple[int, list[Text]]]) -> None:
         """One optimiser step of every student."""
         settings, step = self.settings, int(self.progress["step"])
-        scale = SCHEDULES[settings.schedule](step, settings.steps, settings.warmup, settings.decay)
         num_tokens = num_positions = 0
         for part in range(settings.accumulate):
             number, texts = next(stream)
@@ -173,7 +171,7 @@ class Trainer:
             num_tokens += sum(map(len, texts))
             num_positions += losses.num_positions
         for student in self.students:
-            student.step(scale, batch)
+            student.step(student.rate(step, settings.steps), batch)
             means = mean_over_processes(student.sums.values())
             for name, value in zip(student.sums, means, strict=True):
                 student.smooth[name] = 0.95 * student.smooth.get(name, value) + 0.05 * value
@@ -189,9 +187,9 @@ class Trainer:
         bar.update(step, smooth["total"], smooth["tau"])
         if step % settings.log_every and 3 < step < settings.steps:
             return
-        scale = SCHEDULES[settings.schedule](step - 1, settings.steps, settings.warmup, settings.decay)
         for student in self.students:
-            self._log(bar, student, "train", {**student.smooth, "rate": scale}, f"{time_left(seconds_left)} left")
+            values = {**student.smooth, "rate": student.rate(step - 1, settings.steps)}
+            self._log(bar, student, "train", values, f"{time_left(seconds_left)} left")
 
     def _log(self, bar: ProgressBar, student: Student, kind: str, values: dict[str, float], note: str = "") -> None:
         if not self.is_first:
