@@ -191,6 +191,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
         ((PROMPT, "--target", "./no/such/folder"), "no/such/folder"),
         ((PROMPT, "--scheduler", "clairvoyant"), "clairvoyant"),
         ((PROMPT, "--scheduler", "fixed:-1"), "fixed"),
+        ((PROMPT, "--deterministic", "--tree", "9"), "--tree"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys: Capture, argv: tuple[str, ...], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -17,6 +18,14 @@ def test_the_embedded_pair_is_lossless(capsys):
     code, out, _ = run(capsys, "verify-lossless", *FEW)
     assert code == 0
     assert "2 of 2 texts identical" in out and out.rstrip().endswith("lossless")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_deterministic_target_needs_no_excuse_in_bfloat16(capsys):
+    few = ("--prompts", "3", "--max-tokens", "16", "--dtype", "bfloat16", "--batch", "3", "--temperature", "0")
+    result = run_json(capsys, "verify-lossless", *few, "--deterministic")
+    assert result["lossless"] and result["token_checks"][0]["identical"] == 3
+    assert result["draft_tokens_accepted"] > 0
 
 
 def test_json(capsys):

@@ -76,6 +76,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule (default coupled)"
     )
     speculation.add_argument("--compile", action="store_true", help="compile the models first; pays for long outputs")
+    speculation.add_argument(
+        "--deterministic", action="store_true", help="same bits alone, in a draft and in company (chains, uncompiled)"
+    )
     speculation.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
@@ -164,11 +167,14 @@ def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
         if args.threads < 1:
             raise InvalidRequest(f"--threads must be 1 or more; got {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.deterministic and args.tree is not None:
+        raise InvalidRequest("--deterministic reads chains: leave out --tree")
     quiet_weights(args.target)
-    from_pretrained = {"revision": args.revision} if args.revision else {}
+    loading: dict[str, Any] = {"revision": args.revision} if args.revision else {}
     if args.trust_remote_code:
-        from_pretrained["trust_remote_code"] = True
-    target = load_target(args.target, dtype=args.dtype, device=args.device, **from_pretrained)
+        loading["trust_remote_code"] = True
+    loading["deterministic"] = args.deterministic
+    target = load_target(args.target, dtype=args.dtype, device=args.device, **loading)
     shape = {} if args.tree is None else {"tree": args.tree}
     drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target, **shape)
     options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile}

@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--seed", type=int, metavar="N", help="for requests without one (default: a new one for each)")
     engine.add_argument("--compile", action="store_true", help="compile the models first: slow start, faster steps")
+    engine.add_argument(
+        "--deterministic", action="store_true", help="a request's logits have the same bits alone and in company"
+    )
     engine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
@@ -174,7 +177,7 @@ def _engine(args: argparse.Namespace) -> Engine:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    target = _load_target(args, args.dtype)
+    target = _load_target(args, args.dtype, args.deterministic)
     if target.tokenizer is None:
         raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
     drafter = load_drafter(_drafter_name(args), target)
@@ -195,14 +198,14 @@ def _engine(args: argparse.Namespace) -> Engine:
     return engine
 
 
-def _load_target(args: argparse.Namespace, dtype: str | None) -> Target:
+def _load_target(args: argparse.Namespace, dtype: str | None, deterministic: bool = False) -> Target:
     from dspark import load_target
 
     quiet_weights(args.target)
     from_pretrained: dict[str, Any] = {"revision": args.revision} if args.revision else {}
     if args.trust_remote_code:
         from_pretrained["trust_remote_code"] = True
-    return load_target(args.target, dtype=dtype, device=args.device, **from_pretrained)
+    return load_target(args.target, dtype=dtype, device=args.device, deterministic=deterministic, **from_pretrained)
 
 
 def _drafter_name(args: argparse.Namespace) -> str:

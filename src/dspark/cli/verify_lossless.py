@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--scheduler", default="auto", help="how much is verified, as for generate")
     models.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule")
     models.add_argument("--compile", action="store_true", help="compile the models, as for generate")
+    models.add_argument(
+        "--deterministic", action="store_true", help="as for generate; then rounding explains no difference"
+    )
     models.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     test = parser.add_argument_group("test")
     test.add_argument("--prompts", type=int, default=16, metavar="N", help="built-in prompts to use (default 16)")
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         if args.prompts_file:
             texts = [*_lines(args.prompts_file)]
     dtype = str(target.dtype).removeprefix("torch.")
-    logits_of = _Single(args) if dtype != "float32" else None
+    logits_of = _Single(args) if dtype != "float32" and not args.deterministic else None
     token_checks: list[TokenCheck] = []
     law_checks: list[LawCheck] = []
     for temperature in args.temperature:
@@ -104,20 +107,20 @@ def _engines(args: argparse.Namespace) -> tuple[Target, Engine, Engine]:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    target = _load(args, args.dtype)
+    target = _load(args, args.dtype, args.deterministic)
     drafter = load_drafter(args.drafter, target)
     options: dict[str, Any] = dict(rule=args.rule, max_num_seqs=max(args.batch), compile=args.compile)
     return target, Engine(target, drafter, scheduler=args.scheduler, **options), Engine(target, None, **options)
 
 
-def _load(args: argparse.Namespace, dtype: str | None) -> Target:
+def _load(args: argparse.Namespace, dtype: str | None, deterministic: bool = False) -> Target:
     from dspark import load_target
 
     quiet_weights(args.target)
-    options = {"revision": args.revision} if args.revision else {}
+    options: dict[str, Any] = {"revision": args.revision} if args.revision else {}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
-    return load_target(args.target, dtype=dtype, device=args.device, **options)
+    return load_target(args.target, dtype=dtype, device=args.device, deterministic=deterministic, **options)
 
 
 class _Single:

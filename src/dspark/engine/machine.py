@@ -22,7 +22,7 @@ def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str
         "target": _model(target),
         "drafter": f"{type(drafter).__name__} {drafter.length} {list(drafter.feature_layers)}",
         "dtype": str(target.dtype).removeprefix("torch."),
-        "compiled": str(is_compiled),
+        "compiled": "deterministic" if target.is_deterministic else str(is_compiled),
         "torch": torch.__version__,
     }
 

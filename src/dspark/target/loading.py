@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dspark.errors import CheckpointError, DSparkError, InvalidConfiguration
 from dspark.target.check import check_parity
+from dspark.target.deterministic import make_deterministic
 from dspark.target.target import Target
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def load_target(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     check: bool = True,
+    deterministic: bool = False,
     **from_pretrained: Any,
 ) -> Target:
     """Load a causal LM over a slot cache: `tiny`, a folder, or a hub id.
@@ -40,6 +42,8 @@ def load_target(
     dtype   float32, bfloat16, float16 or None for the checkpoint's own
     device  None: cuda where there is one, else cpu
     check   compare a short forward with the plain model and refuse the family where they differ
+    deterministic  logits with the same bits alone, in a draft and beside other requests, at some cost; chains only,
+                   uncompiled
     Everything else goes to transformers' from_pretrained (revision, quantization_config, ...); code from the hub runs
     only with trust_remote_code=True.
     """
@@ -58,6 +62,8 @@ def load_target(
     target = Target(model, tokenizer, name)
     if check:
         check_parity(target, plain)
+    if deterministic:
+        make_deterministic(target)
     return target
 
 

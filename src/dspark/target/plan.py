@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.errors import InvalidConfiguration
 from dspark.target.kv_cache import KVCache
 from dspark.types import Span
 
@@ -157,6 +158,27 @@ def read_spans(spans: Sequence[Span], write: np.ndarray) -> Inputs:
         groups.insert(0, short)
     flat = positions[0] if len(positions) == 1 else np.concatenate(positions)
     return Inputs(np.array(token_ids), flat, write, np.array(logit_rows, dtype=np.int64), groups, offsets)
+
+
+def in_short_pieces(spans: Sequence[Span]) -> list[Span]:
+    """The same tokens as spans that are all short, a request's one after another: attended by one kernel in one order.
+
+    Chains only: what a token of a tree sees lies at other places than it would in a chain, so its sums would differ.
+    """
+    pieces: list[Span] = []
+    for span in spans:
+        if span.parents is not None or span.is_block:
+            raise InvalidConfiguration(
+                "a deterministic target reads chains of tokens; a tree was drafted: use a drafter without tree, or a "
+                "target that is not deterministic"
+            )
+        num_tokens = len(span.tokens)
+        for first in range(0, num_tokens, SHORT):
+            tokens = span.tokens[first : first + SHORT]
+            num_after = num_tokens - first - len(tokens)
+            num_logits = min(max(span.num_logits - num_after, 0), len(tokens))
+            pieces.append(Span(span.request_id, span.start + first, tokens, num_logits=num_logits))
+    return pieces
 
 
 def make_plan(

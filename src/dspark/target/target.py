@@ -17,7 +17,7 @@ from dspark.target import attention, kernels, native
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
-from dspark.target.plan import Plan, make_plan, read_spans
+from dspark.target.plan import Plan, in_short_pieces, make_plan, read_spans
 from dspark.types import Span
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Target:
     name            for people
     max_length      tokens that one request may have
     end_token_ids   tokens after which the model has nothing more to say
+    is_deterministic  logits have the same bits whatever is computed together (target/deterministic.py)
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Target:
         self.max_length = _max_length(self.config)
         self.end_token_ids = _end_token_ids(model, tokenizer)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.is_deterministic = False
         self._compiled: dict[tuple[int, ...], CompiledForward] = {}  # by feature layers
         if self.device.type == "cuda":
             kernels.load_triton()
@@ -102,9 +104,10 @@ class Target:
         """
         write = self._reserve(spans)
         try:
-            inputs = read_spans(spans, write)
+            pieces = in_short_pieces(spans) if self.is_deterministic else spans
+            inputs = read_spans(pieces, write)
             compiled = self._compiled.get(feature_layers)
-            plan = make_plan(spans, inputs, self.cache, self.device, compiled is not None)
+            plan = make_plan(pieces, inputs, self.cache, self.device, compiled is not None)
             arrays = (inputs.token_ids, inputs.positions, inputs.logit_rows)
             token_ids, positions, logit_rows = (torch.from_numpy(array).to(self.device) for array in arrays)
             if compiled is not None and compiled.takes(plan, len(logit_rows)):
@@ -153,6 +156,11 @@ class Target:
         """
         if feature_layers in self._compiled:
             return True
+        if self.is_deterministic:
+            raise InvalidConfiguration(
+                "a deterministic target runs uncompiled: its graphs for one token and for several would round "
+                "differently; leave out one of deterministic and compile"
+            )
         assert not self.cache.request_ids, "compile before the first request"
         start = time.perf_counter()
         if self.device.type == "cpu":
