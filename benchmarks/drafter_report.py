@@ -52,7 +52,7 @@ def save_plots(found: Comparison, folder: Path) -> None:
         if columns > 1:
             axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        figure.savefig(folder / f"{name}.png", dpi=100)
         pyplot.close(figure)
 
 
@@ -61,7 +61,7 @@ def _acceptance(found: Comparison, axes: Any) -> None:
     for axis, domain in zip(axes, found.num_prompts, strict=True):
         for name in found.names:
             axis.plot(range(1, found.length + 1), found.acceptance(name, domain), marker="o", ms=3, label=name)
-        axis.set(title=domain, xlabel="position in the draft")
+        axis.set(title=domain, xlabel="position in the draft", xticks=range(1, found.length + 1))
     axes[0].set_ylabel("accepted, of those that reached it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,11 +100,11 @@ class Comparison:
     def ratio(self, name: str, baseline: str, domain: str | None = None, length: int | None = None) -> Estimate:
         return _estimate(self.taus(name, domain, length) / self.taus(baseline, domain, length))
 
-    def acceptance(self, name: str, domain: str) -> list[float]:
-        """P(position k is accepted | those before it are), over all rounds of all seeds."""
+    def acceptance(self, name: str, domain: str, at_least: int = 30) -> list[float]:
+        """P(position k is accepted | those before it are), over all rounds of all seeds; nan where fewer got there."""
         rounds = [a for run in self.runs[name] for prompt in run.rounds[domain][-1] for a in prompt]
         reached = [sum(a >= k for a in rounds) for k in range(self.length + 1)]
-        return [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(self.length)]
+        return [reached[k + 1] / reached[k] if reached[k] >= at_least else math.nan for k in range(self.length)]
 
 
 def _num_prompts(run: Measured) -> dict[str, int]:

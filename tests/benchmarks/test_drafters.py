@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def test_tau_is_tokens_per_round_over_all_prompts_and_seeds() -> None:
     found = Comparison([measured("a", 0, [2, 0], [1]), measured("a", 1, [2, 2], [])])
     assert found.tau("a", "math").value == pytest.approx((3 + 1 + 2 + 3 + 3) / 5)
     assert found.tau("a", "math", 1).value == pytest.approx((2 + 1 + 2 + 2 + 2) / 5)
-    assert found.acceptance("a", "math") == [4 / 5, 3 / 4]
+    assert found.acceptance("a", "math", at_least=4) == [4 / 5, 3 / 4]
+    assert math.isnan(found.acceptance("a", "math", at_least=5)[1])
     assert found.tau("a").low < found.tau("a").value < found.tau("a").high
 
 
