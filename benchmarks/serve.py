@@ -4,8 +4,10 @@
     python benchmarks/serve.py --quick
 
 starts `dspark serve` in a process of its own and talks to it with streaming clients, taking turns with the same engine
-in this process, which writes the same text for as many requests at once. Closed loop: each client asks again as soon
-as it has its answer. Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
+in this process, which writes the same text. Closed loop: each client asks again as soon as it has its answer; the
+engine's own speed is that of as many requests at once. What the server adds to the first token and between events is
+against an engine whose requests come when the server's did: who comes while a step runs waits for its end on both sides.
+Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
 --minutes: the closed loop for so long, and what the server's memory does. --peer needs transformers[serving] and
 accelerate; both sides then answer the same requests at temperature 0, up to the target's end token.
 """
@@ -16,7 +18,6 @@ import argparse
 import asyncio
 import json
 import platform
-import random
 import socket
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,24 +39,8 @@ import httpx
 import torch
 
 from benchmarks import prompts
-from dspark import Engine, SamplingParams, load_drafter, load_target
-
-
-@dataclass
-class Load:
-    """What one side did with one load. Seconds; first_token and gaps as the client saw them."""
-
-    side: str
-    clients: int
-    num_tokens: int = 0
-    num_failed: int = 0
-    seconds: float = 0.0
-    first_token: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-
-    @property
-    def speed(self) -> float:
-        return self.num_tokens / self.seconds
+from benchmarks.serve_loads import Load, ask_closed, ask_open, closed, greedy, own, sampled
+from dspark import Engine, load_drafter, load_target
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,105 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-# -- the two sides ----------------------------------------------------------------------------------------------------
-
-
-def own(engine: Engine, texts: Sequence[str], clients: int, tokens: int) -> Load:
-    """The engine alone, stepped here: as many requests at once, the next as soon as one has ended."""
-    load, waiting = Load("engine", clients), list(enumerate(texts))[::-1]
-    running: dict[Any, float] = {}
-    seen: dict[Any, int] = {}
-    last: dict[Any, float] = {}
-    began = time.perf_counter()
-    while waiting or running:
-        while waiting and len(running) < clients:
-            seed, text = waiting.pop()
-            params = SamplingParams(temperature=1, seed=seed, max_tokens=tokens, ignore_eos=True)
-            running[engine.submit(text, params)] = time.perf_counter()
-        engine.step()
-        now = time.perf_counter()
-        for request in list(running):
-            num_new = len(request.generated) - seen.get(request, 0)
-            if num_new and not seen.get(request):
-                load.first_token.append(now - running[request])
-            elif num_new:
-                load.gaps.append(now - last[request])
-            if num_new:
-                last[request], seen[request] = now, len(request.generated)
-            if request.finish_reason:
-                load.num_tokens += len(request.generated)
-                del running[request]
-    load.seconds = time.perf_counter() - began
-    return load
-
-
-async def _ask(client: httpx.AsyncClient, load: Load, text: str, asked: dict[str, Any]) -> None:
-    body = {"messages": [{"role": "user", "content": text}], "stream": True, **asked}
-    body["stream_options"] = {"include_usage": True}
-    last, num_events, usage = time.perf_counter(), 0, None
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-            reply.raise_for_status()
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                usage = event.get("usage") or usage
-                if not any(choice["delta"].get("content") for choice in event["choices"]):
-                    continue
-                now = time.perf_counter()
-                (load.gaps if num_events else load.first_token).append(now - last)
-                num_events, last = num_events + 1, now
-    except httpx.HTTPError as error:
-        print(f"a request failed: {error!r}", file=sys.stderr)
-        load.num_failed += 1
-        return
-    load.num_tokens += usage["completion_tokens"] if usage else num_events
-
-
-def _client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
-
-
-async def _closed(url: str, load: Load, requests: Iterator[tuple[str, dict[str, Any]]]) -> None:
-    async with _client(url) as client:
-
-        async def one() -> None:
-            for text, asked in requests:
-                await _ask(client, load, text, asked)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(load.clients)))
-        load.seconds = time.perf_counter() - began
-
-
-async def _open(url: str, load: Load, requests: Iterator[tuple[str, dict[str, Any]]], rate: float) -> None:
-    chance = random.Random(0)
-    async with _client(url) as client:
-        began, asking = time.perf_counter(), []
-        for text, asked in requests:
-            asking.append(asyncio.ensure_future(_ask(client, load, text, asked)))
-            await asyncio.sleep(chance.expovariate(rate))
-        await asyncio.gather(*asking)
-        load.seconds = time.perf_counter() - began
-
-
-def sampled(texts: Sequence[str], tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What `own` asks of the engine, as the API says it."""
-    for seed, text in enumerate(texts):
-        yield text, {"temperature": 1, "seed": seed, "max_tokens": tokens, "ignore_eos": True}
-
-
-def greedy(texts: Sequence[str], tokens: int, model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What every server understands."""
-    for text in texts:
-        yield text, {"temperature": 0, "max_tokens": tokens, "model": model}
-
-
-def closed(side: str, url: str, clients: int, requests: Iterator[tuple[str, dict[str, Any]]]) -> Load:
-    load = Load(side, clients)
-    asyncio.run(_closed(url, load, requests))
-    return load
+# -- servers as processes ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -243,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rate:
             load = Load("server, open loop", 0)
             asked = sampled(_texts(texts, 32 if options.quick else 200), options.tokens)
-            asyncio.run(_open(url, load, asked, options.rate))
+            asyncio.run(ask_open(url, load, asked, options.rate))
             _print_load(load, f"{options.rate:g} requests/s arriving at random")
             loads.append(load)
         if options.minutes:
@@ -262,14 +149,11 @@ def _beside_engine(
 ) -> list[Load]:
     asked, loads = _texts(texts, clients * options.requests_per_client), []
     for repeat in range(options.repeats + 1):
-        sides = [
-            lambda: own(engine, asked, clients, options.tokens),
-            lambda: closed("server", url, clients, sampled(asked, options.tokens)),
-        ]
-        pair = [side() for side in (sides if repeat % 2 else sides[::-1])]
+        server = closed("server", url, clients, sampled(asked, options.tokens))
+        alone = [own(engine, asked, clients, options.tokens, arrivals) for arrivals in (None, server.arrivals)]
         if repeat:  # the first turn warms both up
-            loads += pair
-    _print_pair(loads)
+            loads += [server, *alone]
+    _print_sides(loads)
     return loads
 
 
@@ -303,7 +187,7 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
             text = f"{seed}. {texts[seed % len(texts)]}"
             yield text, {"temperature": 1, "seed": seed, "max_tokens": options.tokens, "ignore_eos": True}
 
-    asking, memory = asyncio.ensure_future(_closed(url, load, requests())), []
+    asking, memory = asyncio.ensure_future(ask_closed(url, load, requests())), []
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         while not asking.done():
             metrics = (await client.get("/metrics")).text
@@ -322,18 +206,23 @@ def _texts(texts: Sequence[str], count: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(count)]
 
 
-def _print_pair(loads: Sequence[Load]) -> None:
-    engine, server = ([load for load in loads if load.side == side] for side in ("engine", "server"))
-
-    def added(name: str) -> str:
-        ours, alone = (statistics.median(t for load in side for t in getattr(load, name)) for side in (server, engine))
-        return f"{1000 * ours:.1f} ms, {1000 * (ours - alone):+.1f}"
-
+def _print_sides(loads: Sequence[Load]) -> None:
+    server, engine, same = (
+        [load for load in loads if load.side == side] for side in ("server", "engine", "engine, same arrivals")
+    )
     share = statistics.median(s.speed / e.speed for s, e in zip(server, engine, strict=True))
+    first, gap = (statistics.median(x for load in server for x in getattr(load, n)) for n in ("first_token", "gaps"))
+    added = statistics.median(
+        ours - alone
+        for s, e in zip(server, same, strict=True)
+        for ours, alone in zip(s.first_token, e.first_token, strict=True)
+    )
+    added_gap = gap - statistics.median(x for load in same for x in load.gaps)
     print(
         f"{server[0].clients:3d} clients: server {statistics.median(x.speed for x in server):6.0f} tokens/s, "
         f"{100 * share:.0f} % of the engine's {statistics.median(x.speed for x in engine):.0f}; "
-        f"first token {added('first_token')}; between events {added('gaps')}",
+        f"first token {1000 * first:.1f} ms, {1000 * added:+.1f}; between events {1000 * gap:.1f} ms, "
+        f"{1000 * added_gap:+.1f}",
         flush=True,
     )
 

@@ -97,6 +97,7 @@ def test_nothing_is_said_before_a_request_has_finished_and_soon_after():
     outlook = Outlook(Straight(), Limits(), Objectives(), clock=lambda: now[0])
     outlook.step(metrics)
     assert Snapshots(metrics, capacity=outlook)()["capacity"] == {}
+    now[0] = 2.0
     outlook.step(served())
     assert Snapshots(metrics, capacity=outlook)()["capacity"]["highest_rate"] > 0
     latest, others = outlook(), served()

@@ -30,6 +30,7 @@ class _Job:
     sink: Sink
     arrival: float
     start: float | None = None
+    finish: float | None = None
     token_seconds: list[float] = field(default_factory=list)
 
 
@@ -40,6 +41,7 @@ class Worker:
     stuck_seconds     a step that takes longer is reported, and `is_stuck` until it ends
     observers         called with every StepRecord
     on_finished       called with a RequestRecord whenever a request ends, whatever ended it
+    on_delivered      called once after the sinks of all that a step brought: the time to wake whoever waits for it
     idle_tasks        called while there is nothing to do, in turn; each does a little (at most about one step) and returns
                       whether it has more. Requests go first: the next one is looked for after every call.
     at_end            called once, after the last request: what idle tasks hold is given back here
@@ -57,6 +59,7 @@ class Worker:
         stuck_seconds: float = 120.0,
         observers: Iterable[Observer] = (),
         on_finished: Iterable[RequestObserver] = (),
+        on_delivered: Iterable[Callable[[], Any]] = (),
         idle_tasks: Iterable[IdleTask] = (),
         at_end: Iterable[Callable[[], Any]] = (),
         drafter: str | None = None,
@@ -65,6 +68,7 @@ class Worker:
         self.drafter = drafter or type(engine.drafter).__name__
         self.observers: list[Observer] = list(observers)
         self.on_finished: list[RequestObserver] = list(on_finished)
+        self.on_delivered: list[Callable[[], Any]] = list(on_delivered)
         self.idle_tasks: list[IdleTask] = list(idle_tasks)
         self.at_end: list[Callable[[], Any]] = list(at_end)
         self.num_faults = 0  # steps that raised
@@ -163,9 +167,9 @@ class Worker:
 
     def _run(self) -> None:
         while self._obey():
-            if self.engine.has_work:
-                self._step()
-            self._deliver()
+            record = self._step() if self.engine.has_work else None
+            ended = self._deliver()  # before anything that only watches
+            self._tell(record, ended)
             if not self.engine.has_work and self._inbox.empty():
                 self._rest()
         for call in list(self.at_end):
@@ -185,7 +189,8 @@ class Worker:
         if not self._draining:
             self._inbox.get()()
 
-    def _step(self) -> None:
+    def _step(self) -> StepRecord | None:
+        """None if it raised."""
         self._step_began = began = time.monotonic()
         try:
             record = self.engine.step()
@@ -193,12 +198,11 @@ class Worker:
             self.num_faults += 1
             failed = self.engine.fail_running()
             log.exception("a step raised: its %d requests fail, the others go on", len(failed))
-            return
+            return None
         finally:
             self._step_began = None
         self._note_starts(record, began)
-        for observe in list(self.observers):
-            self._guarded(self.observers, observe, record)
+        return record
 
     def _note_starts(self, record: StepRecord, began: float) -> None:
         waiting = {request.id for request in self.engine.batcher.waiting} if record.num_waiting else set()
@@ -215,20 +219,25 @@ class Worker:
         for job in self._jobs.values():
             self.engine.cancel(job.request)
 
-    def _deliver(self) -> None:
-        """Hand out what every request got since the last time, and close those that have ended."""
-        now, ended = time.monotonic(), []
+    def _deliver(self) -> list[_Job]:
+        """Hand out what every request got since the last time, and close those that have ended: these."""
+        now, ended, is_any = time.monotonic(), list[_Job](), False
         for job in self._jobs.values():
             request, num_seen = job.request, len(job.token_seconds)
             num_new = len(request.tokens) - request.num_prompt_tokens - num_seen
             if not num_new and request.finish_reason is None:
                 continue
             job.token_seconds += [now] * num_new
+            is_any = True
             if request.finish_reason is not None:
                 ended.append(job)
             self._hand_out(job, num_seen)
         for job in ended:
             self._close(job, now)
+        if is_any:
+            for call in list(self.on_delivered):
+                self._guarded(self.on_delivered, call)
+        return ended
 
     def _hand_out(self, job: _Job, num_seen: int) -> None:
         try:
@@ -244,18 +253,26 @@ class Worker:
             self.engine.cancel(job.request)  # the next round closes it
 
     def _close(self, job: _Job, now: float) -> None:
+        job.finish = now
         del self._jobs[job.request.id]
         with self._lock:
             self._num_open -= 1
             gap, self._last_finish = now - (self._last_finish or job.arrival), now
             self._finish_gap += 0.1 * (gap - self._finish_gap) if self._finish_gap else gap
-        if self.on_finished:
-            record = self._record(job, now)
-            for observe in list(self.on_finished):
-                self._guarded(self.on_finished, observe, record)
 
-    def _record(self, job: _Job, now: float) -> RequestRecord:
+    def _tell(self, record: StepRecord | None, ended: Sequence[_Job]) -> None:
+        """Let those who watch know of a step and of the requests that have ended."""
+        if record is not None:
+            for observe in list(self.observers):
+                self._guarded(self.observers, observe, record)
+        for job in ended if self.on_finished else ():
+            finished = self._record(job)
+            for observe_request in list(self.on_finished):
+                self._guarded(self.on_finished, observe_request, finished)
+
+    def _record(self, job: _Job) -> RequestRecord:
         request = job.request
+        assert job.finish is not None
         return RequestRecord(
             request_id=request.id,
             params=request.params,
@@ -267,7 +284,7 @@ class Worker:
             rounds=list(request.rounds),
             arrival_seconds=job.arrival,
             start_seconds=job.start,
-            finish_seconds=now,
+            finish_seconds=job.finish,
             token_seconds=job.token_seconds,
         )
 

@@ -26,6 +26,7 @@ from dspark.monitor.snapshot import percentile, read
 _SPREAD = 20  # quantiles of tokens per pass among requests
 _SAMPLED = 12  # numbers of requests at which a cost is asked for
 _RENEWED_SECONDS = 20.0  # the plan of a running server
+_LOOKED_SECONDS = 1.0  # for the first finished request: to read all series takes as long as a small step
 
 
 class Cost(StepCost, Protocol):
@@ -191,16 +192,17 @@ class Outlook:
         self, cost: Cost, limits: Limits, objectives: Objectives, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._cost, self._limits, self._objectives, self._clock = cost, limits, objectives, clock
-        self._renewed = -math.inf
+        self._due = -math.inf
         self._known: tuple[Replica, Mix] | None = None
         self._planned: tuple[Replica, dict[str, Any]] | None = None
 
     def step(self, metrics: Metrics) -> None:
-        if self._clock() - self._renewed < _RENEWED_SECONDS:
+        now = self._clock()
+        if now < self._due:
             return
         mix = Mix.of_metrics(read(metrics))
+        self._due = now + (_LOOKED_SECONDS if mix is None else _RENEWED_SECONDS)
         if mix is not None:
-            self._renewed = self._clock()
             self._known = make_replica(self._cost, mix, self._limits), mix
 
     def __call__(self) -> dict[str, Any]:

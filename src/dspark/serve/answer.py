@@ -49,13 +49,11 @@ class Answer:
                 yield self._event(index, {"role": "assistant", "content": ""})
         try:
             async for index, delta in self.run.deltas():
-                for data in self._delta_events(index, delta):
-                    yield data
-            if include_usage:
-                yield event({**self.head.chunk([]), "usage": self.usage})
+                yield b"".join(self._delta_events(index, delta))
+            last = event({**self.head.chunk([]), "usage": self.usage}) if include_usage else b""
         except ApiError as error:
-            yield event(error.body)
-        yield DONE
+            last = event(error.body)
+        yield last + DONE
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -149,7 +147,8 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._answer.events(self._include_usage):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            if data:  # a token may add no character
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

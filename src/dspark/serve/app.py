@@ -27,7 +27,7 @@ from dspark.serve.faults import ApiError, add_handlers, as_api_error
 from dspark.serve.gate import Gate
 from dspark.serve.grammar import Grammars
 from dspark.serve.replies import Head, TokenNames
-from dspark.serve.run import Run
+from dspark.serve.run import Outbox, Run
 from dspark.serve.settings import ServeSettings
 from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dspark.types import Request
@@ -103,12 +103,16 @@ class Desk:
         target = self.engine.target
         return Grammars(self.tokenizer, target.vocab_size, target.end_token_ids)
 
+    @cached_property
+    def _outbox(self) -> Outbox:
+        return Outbox(self.worker, asyncio.get_running_loop())
+
     async def answer(self, body: ChatRequest | CompletionRequest) -> Answer:
         """Check a body and start its work."""
         model = self.model_named(body.model)
         check_limits(body, self.settings)
         requests = await self.beside(self._prepare, body)
-        run = Run(self.worker, requests, self.settings.request_seconds)
+        run = Run(self.worker, self._outbox, requests, self.settings.request_seconds)
         kind = "chat.completion" if isinstance(body, ChatRequest) else "text_completion"
         return Answer(
             Head(kind, model),

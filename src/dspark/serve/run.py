@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -14,6 +14,33 @@ from dspark.serve.faults import ApiError
 from dspark.types import Delta, Request
 
 T = TypeVar("T")
+_Queue = asyncio.Queue[tuple[int, Delta | None]]  # None: time is up
+
+
+class Outbox:
+    """Takes what the worker's thread hands out to the event loop, all that a step brought at once.
+
+    Every wake-up of the loop makes the engine wait for its next turn at the interpreter: one for a step, not one for each
+    of its requests.
+    """
+
+    def __init__(self, worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._held: list[tuple[_Queue, int, Delta]] = []  # of the worker's thread
+        worker.on_delivered.append(self._send)
+
+    def sink(self, queue: _Queue, index: int) -> Callable[[Delta], None]:
+        """For `Worker.submit`: deltas of request `index` come out of `queue`."""
+        return lambda delta: self._held.append((queue, index, delta))
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        self._loop.call_soon_threadsafe(_distribute, held)
+
+
+def _distribute(held: list[tuple[_Queue, int, Delta]]) -> None:
+    for queue, index, delta in held:
+        queue.put_nowait((index, delta))
 
 
 class Run:
@@ -22,19 +49,14 @@ class Run:
     Made and used on the event loop. `close` cancels what has not ended; it must be called whatever happens.
     """
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], max_seconds: float) -> None:
+    def __init__(self, worker: Worker, outbox: Outbox, requests: Sequence[Request], max_seconds: float) -> None:
         self.requests, self._worker = list(requests), worker
         self.began, self._max_seconds = time.monotonic(), max_seconds
         self.first_delta: float | None = None
-        self._queue: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()  # None: time is up
+        self._queue: _Queue = asyncio.Queue()
         self._open = len(self.requests)
-        loop = asyncio.get_running_loop()
-
-        def sink_of(index: int) -> Any:
-            return lambda delta: loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
-
-        worker.submit(self.requests, [sink_of(index) for index in range(self._open)])
-        self._timer = loop.call_later(max_seconds, self._queue.put_nowait, (0, None))
+        worker.submit(self.requests, [outbox.sink(self._queue, index) for index in range(self._open)])
+        self._timer = asyncio.get_running_loop().call_later(max_seconds, self._queue.put_nowait, (0, None))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Raises ApiError where the engine failed, the server ends, or time is up."""
