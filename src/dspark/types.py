@@ -309,7 +309,9 @@ class StepRecord:
     num_preempted: int = 0
     num_prefix_asked: int = 0  # prompt tokens of requests that began in this step, looked up in the prefix cache
     num_prefix_found: int = 0  # of which the target need not read
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase: draft, schedule, target, verify, commit
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # by phase: admit, draft, schedule, target, verify, commit, learn
 
     @property
     def step_seconds(self) -> float:

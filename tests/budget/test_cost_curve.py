@@ -100,6 +100,20 @@ def test_rare_slow_steps_and_broken_clocks_teach_nothing():
     assert curve.speed == 1.0
 
 
+@pytest.mark.parametrize("num_before", [1, 2, 40])
+def test_a_clock_that_leaps_is_not_believed_but_a_machine_that_stays_slow_is(num_before):
+    curve = CostCurve()
+    for _ in range(num_before):
+        curve.observe(8, 1, 100, 3e-3)
+    for size in (8, 1, 16):
+        curve.observe(size, 1, 100, 7200.0)
+        curve.observe(8, 1, 100, 3e-3)
+        assert (curve.seconds(np.array([1, 8, 16]), 1, 100) < 0.02).all()
+    for _ in range(60):
+        curve.observe(8, 1, 100, 0.3)
+    assert predicted(curve, 8, 1, 100) == pytest.approx(0.3, rel=0.2)
+
+
 def test_memory_is_bounded():
     curve, rng = CostCurve(), np.random.default_rng(0)
     for _ in range(3000):

@@ -22,6 +22,8 @@ _MEDIAN_OF = 9
 _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
 _MOST_BETWEEN_FITS = 64
+_ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
+_SO_OFTEN = 5
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
 
 
@@ -41,7 +43,7 @@ class Place:
     @property
     def median(self) -> float:
         ordered = sorted(self.seconds)
-        return ordered[len(ordered) // 2]
+        return ordered[(len(ordered) - 1) // 2]  # of two the shorter: what is added by chance makes steps longer
 
 
 class CostCurve:
@@ -50,6 +52,7 @@ class CostCurve:
     def __init__(self) -> None:
         self.speed = 1.0
         self.num_observed = 0
+        self._num_absurd = 0  # one after the other
         self._places: OrderedDict[tuple[int, int, int], Place] = OrderedDict()
         self._recent: deque[tuple[Place, float]] = deque(maxlen=_SPEED_FROM)
         self._weights = np.zeros(0)
@@ -66,11 +69,13 @@ class CostCurve:
         return sum(len(place.seconds) for key, place in self._places.items() if key[:2] == near)
 
     def observe(self, size: int, requests: int, context: int, seconds: float) -> None:
-        """Learn from one step. A clock that went backwards or stood still teaches nothing."""
+        """Learn from one step. A clock that stood still, went backwards or leapt ahead teaches nothing."""
         if not (math.isfinite(seconds) and seconds > 0):
             return
         key = (_size_place(size), _request_place(requests), _context_place(context))
         place = self._places.get(key)
+        if self._is_absurd(seconds, size, requests, context, place):
+            return
         if place is None:
             place = self._places[key] = Place(size, requests, context, self._expected(size, requests, context))
             if len(self._places) > _MOST_PLACES:
@@ -139,6 +144,16 @@ class CostCurve:
         if curve._places:
             curve.fit()
         return curve
+
+    def _is_absurd(self, seconds: float, size: int, requests: int, context: int, place: Place | None) -> bool:
+        if not self.is_known:
+            return False
+        if place is None:
+            believed = float(self.seconds(np.array([size]), requests, context)[0])
+        else:
+            believed = place.median * self.speed
+        self._num_absurd = self._num_absurd + 1 if seconds > _ABSURD * believed else 0
+        return 0 < self._num_absurd < _SO_OFTEN
 
     def _expected(self, size: int, requests: int, context: int) -> float:
         """Seconds at speed 1 that such a step took before, at other contexts; 0 where there was none like it."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
+from dspark.budget.side_by_side import SideBySide
 from dspark.budget.throughput import seconds_of_step
 from dspark.types import Load, StepRecord
 
@@ -28,7 +29,8 @@ class GuardSettings:
     stop_below        stop drafting when it is believed to give less than this share of plain tokens per second
     start_above       start again above this share
     probe_share       of all seconds at most so much is lost by drafts that only serve to learn
-    plain_every       drafted steps after which a plain one keeps the comparison honest
+    plain_every       drafted steps after which at the latest a plain one keeps the comparison honest; it comes sooner the
+                      less it loses, and what it loses is bounded by probe_share too
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
@@ -39,7 +41,7 @@ class GuardSettings:
     stop_below: float = 0.98
     start_above: float = 1.02
     probe_share: float = 0.004
-    plain_every: int = 500
+    plain_every: int = 200
     num_remembered: int = 24
     half_life: float = 8.0
     memory: int = 200
@@ -49,8 +51,9 @@ class GuardSettings:
 _MOST_REQUESTS = 4096
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _LONG_RUN = 12  # drafts
-_FEW = 3  # steps of a kind before its cost is believed
-_SOON, _LATER = 4, 40  # drafted steps before a plain one, while plain ones have hardly been seen
+_FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
+_SOON, _LATER = 4, 40  # drafted steps before a plain one until then
+_SOONEST = 12  # and afterwards, where it loses nothing
 _CLEAR = 1.25  # so much faster than plain decoding is faster even if that has been timed only once
 _TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
 
@@ -82,9 +85,14 @@ class Guard:
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
         self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
+        self.side_by_side = SideBySide()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
-        self._probe_loss = 0.0  # seconds that the next probe is believed to lose
+        self._length = 1.0  # seconds of a step with drafts, in those of a plain one
+        self._probe_loss = 0.0  # seconds that a step of the next probe is believed to lose
+        self._probes_all = True
+        self._probed: set[int] = set()
         self._chosen: set[int] | None = None  # None: all
+        self._num_chosen = 1
         self._decided_for: tuple[int, bool] = (0, False)
         self._decided_at = self._now = 0
         self._last_plain = self._last_probe = 0
@@ -112,7 +120,8 @@ class Guard:
         return sorted(rows)
 
     def observe(self, record: StepRecord) -> None:
-        """Learn how drafts fare."""
+        """Learn how drafts fare, and what they cost beside plain steps."""
+        self.side_by_side.observe(record)
         if not any(record.drafted):
             self._last_plain = self._now
         if record.survival is None or record.kept is None or record.accepted_nodes is None:
@@ -142,11 +151,11 @@ class Guard:
     def _needs_plain_step(self, load: Load) -> bool:
         if load.num_prompt_tokens:
             return False
-        num_known = self.capacity.decoding.num_near(load.base_tokens, load.num_requests)
-        if num_known >= _FEW:
-            spacing = self.settings.plain_every
+        if self.side_by_side.num_pairs(load.num_requests, self._num_chosen) < _FEW:
+            spacing: float = _LATER if self._advantage > _CLEAR else _SOON
         else:
-            spacing = _LATER if num_known and self._advantage > _CLEAR else _SOON
+            lost = (self._advantage - 1) / self._length  # of a drafted step's seconds, by a plain one in its place
+            spacing = min(max(lost / self.settings.probe_share, _SOONEST), self.settings.plain_every)
         return self._now - self._last_plain > spacing
 
     def _is_due(self, load: Load) -> bool:
@@ -166,7 +175,7 @@ class Guard:
         while size:
             tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load)
             if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
-                best, best_rate = size, tokens / seconds
+                best, best_rate, self._length = size, tokens / seconds, seconds * plain / num_decoding
             size //= 2
         was_drafting, self._advantage = self.is_drafting, best_rate / plain
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
@@ -174,12 +183,21 @@ class Guard:
         self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
         if self.is_drafting and not was_drafting:
             self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
+        self._num_chosen = best
         self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
         left_out = promising[best if self.is_drafting else 0 :]
         if len(left_out):
-            tokens, seconds = self._expected(samples[:, left_out[: _num_probed(len(left_out))]], num_decoding, load)
-            # Even a probe that pays costs something: it disturbs what was found to be best.
-            self._probe_loss = max(seconds - tokens / plain, 0.02 * seconds)
+            few = left_out[: _num_probed(len(left_out))]
+            whole, some = (self._loss(samples[:, rows], num_decoding, load) for rows in (left_out, few))
+            # Where drafts nearly pay, to draft for all loses little, and tells more.
+            self._probes_all, self._probe_loss = whole < 2 * some, min(whole, 2 * some)
+
+    def _loss(self, samples: Floats, num_decoding: int, load: Load) -> float:
+        """Seconds lost by drafting for these requests [n, b, K] only to learn."""
+        tokens, seconds = self._expected(samples, num_decoding, load)
+        plain = seconds_of_step(self.capacity, load, 0)[0] / num_decoding
+        # Even a probe that pays costs something: it disturbs what was found to be best.
+        return max(seconds - tokens * plain, 0.02 * seconds)
 
     def _samples(self, request_ids: Sequence[int]) -> Floats:
         """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few.
@@ -214,7 +232,8 @@ class Guard:
         tokens = np.cumsum(np.concatenate([np.full((len(samples), 1), num_decoding), falling], 1), 1)
         seconds = seconds_of_step(self.capacity, load, falling.shape[1])
         best = (tokens / seconds).argmax(1)
-        return self._recent_mean(tokens[np.arange(len(samples)), best]), self._recent_mean(seconds[best])
+        excess = self.side_by_side.excess(self.capacity, load, samples.shape[1])
+        return self._recent_mean(tokens[np.arange(len(samples)), best]), excess * self._recent_mean(seconds[best])
 
     def _recent_mean(self, values: Floats) -> float:
         """Of values [n], newest first."""
@@ -222,16 +241,20 @@ class Guard:
         return float(weights @ values / weights.sum())
 
     def _probes(self, request_ids: Sequence[int], load: Load, left_out: Sequence[int] | None = None) -> list[int]:
-        """Rarely, a few of those left out: whoever was not drafted for the longest, as often as what it loses allows."""
+        """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
         left_out = range(len(request_ids)) if left_out is None else left_out
+        if self._now == self._last_probe + 1:  # what the first step of a probe takes is spent on reading what piled up
+            self._decided_for = (0, False)  # decide again with what it shows
+            return [b for b in left_out if request_ids[b] in self._probed]
         plain = seconds_of_step(self.capacity, load, 0)[0]
-        if self._now - self._last_probe < self._probe_loss / (self.settings.probe_share * plain):
+        if self._now - self._last_probe < 2 * self._probe_loss / (self.settings.probe_share * plain):
             return []
         self._last_probe = self._now
-        self._decided_for = (0, False)  # decide again with what it shows
         order = {i: n for n, i in enumerate(self._by_request)}
         oldest = sorted(left_out, key=lambda b: order.get(request_ids[b], -1))
-        return oldest[: _num_probed(len(left_out))]
+        rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
+        self._probed = {request_ids[b] for b in rows}
+        return rows
 
 
 def _num_probed(num_left_out: int) -> int:

@@ -262,8 +262,9 @@ class Engine:
             self._tokens_per_request = (record.num_tokens - record.num_prompt_tokens) / len(decoding)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
         record.num_free_slots = self.target.num_free_slots
-        for learner in self._learners:
-            learner.observe(record)
+        with _timed(record, "learn"):
+            for learner in self._learners:
+                learner.observe(record)
         for observe in self.observers:
             observe(record)
         return record

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dspark.types import RequestRecord
 
 MAX_POSITIONS = 32  # draft positions with a series of their own; deeper ones count with the last
-PHASES = ("admit", "draft", "schedule", "target", "verify", "commit")
+PHASES = ("admit", "draft", "schedule", "target", "verify", "commit", "learn")
 SKIP_REASONS = ("cost", "difficulty", "measuring a plain step")  # those of budget/guard.py
 DRIFT_SIGNALS = ("first_token_acceptance", "target_logprob")
 OUTCOMES = ("equal", "explained", "unexplained", "unjudged", "abandoned")

@@ -1,0 +1,107 @@
+"""How much longer a step with drafts takes than a plain one, from steps of both kinds that lay next to each other.
+
+What either kind costs is learned at different times, and a machine that became slower in between makes the kind that was
+timed last look dear. The ratio of neighbours does not know how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark.budget.capacity import Capacity
+from dspark.types import Load, StepRecord
+
+_NEIGHBOURS = 12  # steps that a pair may lie apart
+_LONGEST_RUN = 5  # steps that stand for a run of their kind, by their median
+_MOST_PAIRS = 12
+_MOST_UNREAD = 16  # positions per request
+_ABSURD = math.log(30)  # a clock that jumped, or a machine that slept
+_PRIOR = 1.0  # pairs' worth of trust in what steps cost by themselves
+
+
+class _Kind(NamedTuple):
+    """Steps that are compared with each other: about so many requests, and how often they were halved to draft for."""
+
+    requests: int
+    halvings: int | None  # None: a plain step
+
+
+class _Step(NamedTuple):
+    now: int
+    tokens: int
+    asked: int
+    seconds: float
+
+
+class _Pair(NamedTuple):
+    ratio: float  # log of drafted over plain seconds
+    tokens: float  # that the drafted steps read
+    asked: float  # requests that they drafted for
+
+
+class SideBySide:
+    """Pairs of a plain step and one with drafts, by the number of requests and the share of them that was drafted for."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[_Kind, deque[_Pair]] = {}
+        self._kind: _Kind | None = None  # of the last steps
+        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)
+        self._now = 0
+
+    def observe(self, record: StepRecord) -> None:
+        """Compare a step with those of the other kind just before it; steps that read prompts are left out."""
+        self._now += 1
+        load, seconds, n = record.load, sum(record.seconds.values()), len(record.request_ids)
+        # After a while without drafts there is much to read, once: that says nothing of the steps to come.
+        is_usual = record.num_unread <= _MOST_UNREAD * record.num_asked
+        if load is None or load.num_prompt_tokens or not n or not seconds > 0 or not is_usual:
+            return
+        kind, step = _kind(n, record.num_asked), _Step(self._now, record.num_tokens, record.num_asked, seconds)
+        if kind != self._kind:
+            if self._kind is not None and self._now - self._run[-1].now <= _NEIGHBOURS:
+                self._compare(self._kind, list(self._run), kind, [step])
+            self._run.clear()
+        self._kind = kind
+        self._run.append(step)
+
+    def num_pairs(self, num_requests: int, num_asked: int) -> int:
+        """How many are remembered of about so many requests, of which about so many were drafted for."""
+        return len(self._pairs.get(_kind(num_requests, num_asked), ()))
+
+    def excess(self, capacity: Capacity, load: Load, num_asked: int) -> float:
+        """How many times dearer, beside plain ones, steps with so many drafts are than `capacity` has it; 1: not known."""
+        found = self._pairs.get(_kind(load.num_requests, num_asked))
+        if not found or not capacity.is_known:
+            return 1.0
+        ratios, tokens, asked = np.array(sorted(found, key=lambda pair: pair.tokens)).T
+        n, context, num_asked = load.num_requests, load.context_tokens, max(1, round(asked.mean()))
+        sizes = np.maximum(np.concatenate([[n], tokens.round()]).astype(np.int64), n)
+        plain, *drafted = capacity.seconds(sizes, n, context)
+        drafting = capacity.draft_seconds(num_asked, round(context * min(1.0, num_asked / n)))
+        errors = np.sort(ratios - np.log((np.array(drafted) + drafting) / plain))
+        cut = (len(errors) + 2) // 5
+        return math.exp(errors[cut : len(errors) - cut].mean() * len(errors) / (len(errors) + _PRIOR))
+
+    def _compare(self, kind: _Kind, steps: list[_Step], other: _Kind, others: list[_Step]) -> None:
+        if kind.requests != other.requests or (kind.halvings is None) == (other.halvings is None):
+            return
+        if kind.halvings is None:
+            kind, steps, others = other, others, steps
+        ratio = math.log(_median(steps) / _median(others))
+        if abs(ratio) > _ABSURD:
+            return
+        tokens, asked = (sum(getattr(s, f) for s in steps) / len(steps) for f in ("tokens", "asked"))
+        self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked))
+
+
+def _kind(num_requests: int, num_asked: int) -> _Kind:
+    halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
+    return _Kind(round(4 * math.log2(num_requests)), halvings)
+
+
+def _median(steps: list[_Step]) -> float:
+    return float(np.median([s.seconds for s in steps]))

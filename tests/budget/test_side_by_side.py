@@ -1,0 +1,77 @@
+"""What neighbours tell of drafted and plain steps, however the machine's speed wanders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dspark.budget.capacity import Capacity
+from dspark.budget.side_by_side import SideBySide
+from dspark.types import Load, StepRecord
+
+LOAD = Load(8, 8, 800)
+
+
+class Believed(Capacity):
+    """Plain steps are thought to take 5 ms and drafted ones 10 ms, whatever happens."""
+
+    is_known = True
+
+    def seconds(self, tokens, requests, context_tokens, is_reading=False):
+        return np.where(np.asarray(tokens) > requests, 8e-3, 5e-3)
+
+    def draft_seconds(self, requests, context_tokens):
+        return 2e-3
+
+
+def step(asked: int, seconds: float, unread: int = 8, prompt_tokens: int = 0) -> StepRecord:
+    tokens = 8 + 3 * asked
+    load = Load(8, 8, 800, num_prompt_tokens=prompt_tokens)
+    record = StepRecord(list(range(8)), load=load, num_asked=asked, num_unread=unread * asked, num_tokens=tokens)
+    record.seconds = {"target": seconds}
+    return record
+
+
+def test_the_ratio_of_neighbours_is_found_on_a_wandering_machine():
+    """Drafted steps take three times as long as plain ones: half as much again as believed."""
+    rng, pairs = np.random.default_rng(0), SideBySide()
+    for i in range(600):
+        speed = np.exp(np.sin(i / 100)) * rng.lognormal(0, 0.05) * (5 if i % 97 == 0 else 1)
+        pairs.observe(step(0 if i % 10 == 0 else 8, speed * (5e-3 if i % 10 == 0 else 15e-3)))
+    assert pairs.num_pairs(8, 8) == 12
+    assert pairs.excess(Believed(), LOAD, 8) == pytest.approx(1.5, rel=0.08)
+    assert pairs.excess(Believed(), LOAD, 1) == 1.0 and pairs.num_pairs(32, 32) == 0
+
+
+def test_shares_of_the_requests_are_told_apart():
+    pairs = SideBySide()
+    for i in range(60):
+        asked = (0, 8, 0, 2)[i % 4]
+        pairs.observe(step(asked, {0: 5e-3, 8: 20e-3, 2: 5e-3}[asked]))
+    assert pairs.excess(Believed(), LOAD, 8) > 1.8 and pairs.excess(Believed(), LOAD, 2) < 0.6
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        step(8, 15e-3, unread=400),  # reads what piled up
+        step(8, 15e-3, prompt_tokens=50),
+        step(8, 7200.0),  # the clock leapt
+        step(8, -1.0),
+    ],
+)
+def test_steps_that_are_not_alike_are_not_compared(other):
+    pairs = SideBySide()
+    for _ in range(10):
+        pairs.observe(step(0, 5e-3))
+        pairs.observe(other)
+    assert pairs.num_pairs(8, 8) == 0
+
+
+def test_what_lies_far_apart_is_not_compared():
+    pairs = SideBySide()
+    pairs.observe(step(0, 5e-3))
+    for _ in range(20):
+        pairs.observe(step(8, 1.0, prompt_tokens=10))
+    pairs.observe(step(8, 15e-3))
+    assert pairs.num_pairs(8, 8) == 0
