@@ -75,8 +75,9 @@ class Transformers:
 
     def run(self, prompts: Sequence[Sequence[int]], num_tokens: int, temperature: float, seed: int) -> Run:
         width = max(map(len, prompts))
-        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        device = self.model.device
+        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         mode = dict(self.mode, do_sample=temperature > 0)
         if temperature > 0:
             torch.manual_seed(seed)

@@ -22,10 +22,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from rich.console import Console
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks import plot, prompts, report
 from benchmarks.contenders import PLAIN, load_for_transformers
@@ -120,13 +117,7 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     options = parse(arguments)
-    if options.plot:
-        plot.require_matplotlib()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = report.prepare(options)
     # Ended from outside, it still ends the processes that it started: stopped ones would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as closing, console.status("loading") as status:

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
-from benchmarks import summary, table
+from benchmarks import plot, summary, table
 from benchmarks.claims import Result, aims, losses
 from benchmarks.contenders import PLAIN
 from benchmarks.identity import GapOf, Identity, compare
@@ -24,20 +26,38 @@ from benchmarks.measure import Section
 from benchmarks.summary import fastest
 
 
+def prepare(options: argparse.Namespace) -> Console:
+    """Threads, silence, and nothing measured in vain: what a benchmark does first. Returns where it prints."""
+    if options.plot:
+        plot.require_matplotlib()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def machine(lineup: Lineup, options: argparse.Namespace) -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
     return {
-        "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
         "dtype": options.dtype,
         "compiled": options.compile,
         "scheduler": options.scheduler,
         "target": Path(options.target).name,
+        **environment(),
+        **lineup.versions,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions."""
+    return {
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        **lineup.versions,
     }
 
 
