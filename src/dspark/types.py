@@ -133,11 +133,21 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Round:
-    """One target pass of one request after its prompt: draft tokens proposed, read by the target, and accepted."""
+    """One target pass of one request after its prompt: draft tokens proposed, read by the target, and accepted.
+
+    is_cut_short  of a tree: no token was read after the last accepted one. None: a chain, whose tokens are read in a row
+    """
 
     drafted: int
     verified: int
     accepted: int
+    is_cut_short: bool | None = None
+
+    @property
+    def reached(self) -> int:
+        """Positions of the draft that were judged: those accepted, and the next one if any token was read there."""
+        is_cut_short = self.verified == self.accepted if self.is_cut_short is None else self.is_cut_short
+        return self.accepted + (not is_cut_short)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Pa
     beliefs = tmp_path / "beliefs.json"
     options = ("--max-num-seqs", "2", "--served-model-name", "mine", "--max-model-len", "200", "--seed", "5")
     options += ("--beliefs", str(beliefs))
-    with running(*options, DSPARK_API_KEY="key") as (url, process, lines):
+    with running(*options, DSPARK_API_KEY="key", XDG_CACHE_HOME=str(tmp_path)) as (url, process, lines):
         headers = {"Authorization": "Bearer key"}
         assert httpx.get(url + "/v1/models").status_code == 401
         models = httpx.get(url + "/v1/models", headers=headers).json()["data"]
@@ -92,6 +92,8 @@ def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Pa
     assert any("4 requests are being finished" in entry["message"] for entry in logged)
     assert "river" not in "".join(lines)
     assert json.loads(beliefs.read_text())["classes"][""]["num_rounds"] > 0  # what was learned outlives the process
+    (costs,) = (tmp_path / "dspark" / "capacity").glob("*.json")
+    assert json.loads(costs.read_text())["decoding"]["places"]
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ def test_acceptance_counts_only_positions_that_were_reached() -> None:
     assert "accepted/reached by draft position: 2/3 1/2 1/1" in speculation_summary(2.0, rounds)
 
 
+def test_positions_of_trees_are_depths() -> None:
+    # of 15 tokens read two on one path were right, then one more was wrong, or none was read; or all at depth 1 were wrong
+    rounds = [Round(15, 15, 2, False), Round(15, 15, 2, True), Round(15, 15, 0, False)]
+    assert acceptance_by_position(rounds) == [(2, 3), (2, 2), (0, 1)]
+
+
 def test_plain_decoding_has_no_positions() -> None:
     assert acceptance_by_position([Round(0, 0, 0)] * 3) == []
     assert speculation_summary(1.0, [Round(0, 0, 0)] * 3) == "tau 1.00 over 3 target passes"

@@ -14,6 +14,7 @@ from dspark.drafters.draft_model import DraftModelDrafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration, InvalidRequest
+from dspark.monitor.judged import judged_tokens
 from dspark.types import Draft, Load, SamplingParams
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features, reference_logits
 
@@ -151,6 +152,20 @@ def test_streaming_gives_what_generate_gives(target):
     assert [t for d in deltas for t in d.token_ids] == expected == stream.generation.token_ids
     assert any(len(d.token_ids) > 1 for d in deltas)
     assert [d.finish_reason for d in deltas][-1] == "length"
+
+
+def test_rounds_of_trees_tell_how_deep_they_were_judged(target):
+    """Whoever drafts errs at every third token; its decoys are right there now and then, and nothing continues them."""
+    prompt, params, records = [3, 1, 4], SamplingParams(temperature=1, seed=9, max_tokens=200), []
+    text = prompt + Engine(target).generate([prompt], params)[0].token_ids
+    wrong = [[*text[:p], (text[p] + 1) % VOCAB_SIZE, *text[p + 1 :]] for p in range(5, len(text), 3)]
+    engine = Engine(target, OracleDrafter(wrong, tree=True), "fixed:4", observers=[records.append])
+    rounds = engine.generate([prompt], params)[0].rounds[:-1]
+    judged = [[position for position, _, _ in judged_tokens(record)] for record in records[1:-1]]
+    assert [r.reached for r in rounds] == [1 + max(positions, default=-1) for positions in judged]
+    assert any(r.reached == r.accepted < r.verified // 2 for r in rounds) and any(
+        r.reached > r.accepted for r in rounds
+    )
 
 
 def test_closing_a_stream_frees_everything(target):

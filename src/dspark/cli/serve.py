@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dspark import Engine
-    from dspark.budget.kept_beliefs import KeptBeliefs
+    from dspark.budget.kept import Kept
     from dspark.monitor.identity import LogitsOf
     from dspark.monitor.monitoring import Monitoring
     from dspark.serve.settings import ServeSettings
@@ -123,10 +123,9 @@ def run(args: argparse.Namespace) -> int:
         engine = _engine(args)
         _warm_up(engine)
     log_to_stderr(args.log_level)
-    kept = _kept_beliefs(args, engine)
+    kept = _kept(args, engine)
     app, worker = _app(args, engine, settings)
-    if kept is not None:
-        worker.observers.append(kept)
+    worker.observers += kept
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"serving {', '.join(settings.model_names)} on http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
     if args.host not in _LOOPBACK and not settings.api_keys:
@@ -134,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         serve(app, worker, listening, args.drain_timeout)
     finally:
-        if kept is not None:
-            kept.save()  # the worker's thread has ended
+        for learned in kept:
+            learned.save()  # the worker's thread has ended
     return 0
 
 
@@ -212,12 +211,13 @@ def _drafter_name(args: argparse.Namespace) -> str:
     return args.drafter or ("dspark" if args.target == "tiny" else "none")
 
 
-def _kept_beliefs(args: argparse.Namespace, engine: Engine) -> KeptBeliefs | None:
-    """What was learned about drafts before, if the scheduler heeds it."""
+def _kept(args: argparse.Namespace, engine: Engine) -> list[Kept]:
+    """What the next server goes on from: costs of steps, and beliefs about drafts if the scheduler heeds them."""
     from dspark.budget.beliefs import LiveBeliefs
-    from dspark.budget.kept_beliefs import KeptBeliefs
+    from dspark.budget.kept import keep_beliefs, keep_costs
 
-    return KeptBeliefs(engine.beliefs, args.beliefs) if isinstance(engine.beliefs, LiveBeliefs) else None
+    beliefs = [keep_beliefs(engine.beliefs, args.beliefs)] if isinstance(engine.beliefs, LiveBeliefs) else []
+    return [keep_costs(engine.capacity), *beliefs]
 
 
 def _warm_up(engine: Engine) -> None:

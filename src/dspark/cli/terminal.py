@@ -52,17 +52,13 @@ def marked(text: str, is_drafted: bool) -> str:
 
 
 def acceptance_by_position(rounds: Sequence[Round]) -> list[tuple[int, int]]:
-    """(accepted, reached) for draft position 1, 2, ...
+    """(accepted, reached) for draft position 1, 2, ...; in a tree that is depth.
 
     Reached: the target read a token there and had accepted all before it. So accepted / reached is the chance of a
     draft token whose predecessors were right, and lengths chosen by the scheduler do not bend it.
     """
-    longest = max((r.verified for r in rounds), default=0)
-    counts = [
-        (sum(r.accepted >= k for r in rounds), sum(r.verified >= k and r.accepted >= k - 1 for r in rounds))
-        for k in range(1, longest + 1)
-    ]
-    return [(accepted, reached) for accepted, reached in counts if reached]
+    longest = max((r.reached for r in rounds), default=0)
+    return [(sum(r.accepted >= k for r in rounds), sum(r.reached >= k for r in rounds)) for k in range(1, longest + 1)]
 
 
 def speed(tokens_per_second: float) -> str:

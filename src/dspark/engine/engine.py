@@ -341,6 +341,7 @@ class Engine:
         """Write each verdict into its request; spans without logits are prompts that go on and have none."""
         sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
         next_tokens = verdict.next_tokens.tolist()
+        parents = None if draft.parents is None else draft.parents.tolist()
         first_token, first_row, b = 0, 0, 0
         for request, span in zip(requests, spans, strict=True):
             if not span.num_logits:
@@ -358,7 +359,9 @@ class Engine:
                 new = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
                 request.logprobs += new
             if request.generated:
-                request.rounds.append(Round(sizes[b], len(nodes), len(path)))
+                end = nodes[path[-1]] if path else -1
+                is_cut_short = None if parents is None else all(parents[b][node] != end for node in nodes)
+                request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
             self._cache(request, span, chosen, first_token, out.features)
             self._append(request, drafted, next_tokens[b])
             first_token, first_row, b = first_token + len(span.tokens), first_row + span.num_logits, b + 1
