@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from dspark.errors import UnsupportedModel
 from dspark.target.kernels import kernel_for
@@ -142,9 +141,6 @@ def attend_by_hand(
     return attended.reshape(batch, num_heads, num_queries, -1)
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """Masks come with the plan; transformers need not build any."""
-
-
+# No mask function is registered: masks come with the plan, and transformers then builds none. For one that returns
+# None it would first look for packed sequences, which on CUDA makes the host wait for the device in every forward.
 AttentionInterface.register(NAME, slot_attention)
-AttentionMaskInterface.register(NAME, no_mask)
