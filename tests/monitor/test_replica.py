@@ -19,17 +19,17 @@ def erlang_c(num_servers: int, load: float) -> float:
 
 
 def textbook(num_servers: int, seconds: float = 1.0) -> Replica:
-    """Every request takes one pass however many there are, and prompts cost nothing."""
+    """Short passes that take as long however many requests there are, and prompts that cost no more."""
     n = np.ones(num_servers)
-    return Replica(seconds * n, n, 0 * n, output_tokens=2, max_waiting=2000)
+    return Replica(seconds / 1000 * n, 998.5 * n, 0 * n, output_tokens=2, max_waiting=2000)
 
 
 @pytest.mark.parametrize("load", [0.3, 0.8])
 def test_one_at_a_time_is_mm1(load):
     service = textbook(1).at(load, math.inf, math.inf)
     assert service.running + service.waiting == pytest.approx(load / (1 - load), rel=1e-6)
-    # The gamma distributed waiting time of M/M/1: P(wait > t) = load e^(-(1 - load) t); one more second is reading.
-    kept = textbook(1).at(load, 1 + 2.5, math.inf).ttft_kept
+    # The gamma distributed waiting time of M/M/1: P(wait > t) = load e^(-(1 - load) t); one more pass is reading.
+    kept = textbook(1).at(load, 0.001 + 2.5, math.inf).ttft_kept
     assert kept == pytest.approx(1 - load * math.exp(-(1 - load) * 2.5), rel=1e-6)
 
 
@@ -101,6 +101,20 @@ def test_highest_rate_is_within_a_tenth_of_a_simulation(ttft, per_token, share):
 
     assert 0 < predicted < replica.saturation
     assert kept(0.9 * predicted) >= share > kept(1.1 * predicted)
+
+
+@pytest.mark.parametrize("prompt_seconds", [0.012, 0.06])
+@pytest.mark.parametrize("load", [0.5, 0.7, 0.85])
+def test_first_tokens_come_as_late_as_in_a_simulation(prompt_seconds, load):
+    n = np.arange(1, 33)
+    replica = Replica(0.02 + 0.0021 * n, np.full(32, 25.0), np.full(32, prompt_seconds), output_tokens=64)
+    rate = load * replica.saturation
+    first, _ = simulated(replica, rate, 8000)
+    for share in (0.5, 0.9, 0.99):
+        seconds = float(np.quantile(first, share))
+        assert replica.at(rate, 0.8 * seconds, math.inf).ttft_kept < share, "not much sooner"
+        if share < 0.99 or load < 0.85:  # where a queue begins the last ones are expected later than they come
+            assert replica.at(rate, 1.25 * seconds, math.inf).ttft_kept > share, "nor later"
 
 
 def test_uneven_requests_keep_the_objective_less_often():

@@ -2,8 +2,8 @@
 
 A birth-death chain over the number of requests in the server. With n of them decoding, a request leaves after its share
 of the passes of n and every arrival delays all by the reading of its prompt; beyond the limit they queue. Speeds depend
-on n through measured curves, so there is nothing to fit. Without a limit on batching or with one request at a time it
-is the textbook's M/M/1 or M/M/c, which the tests check; batches are checked against a simulation of the steps.
+on n through measured curves, so there is nothing to fit. With short passes that do not slow each other down it is the
+textbook's M/M/c, which the tests check; batches are checked against a simulation of the steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dspark.errors import InvalidRequest
 Floats = NDArray[np.float64]
 _BISECTIONS = 24
 _MOST_OTHERS = 8  # arrivals during one pass that are told apart
+_MOST_READING = 0.95  # share of the time that may go into prompts
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Replica:
     def departures(self) -> Floats:
         """[N]  requests finished per second while n are being decoded and as many arrive."""
         n = np.arange(1, len(self.pass_seconds) + 1)
-        seconds: Floats = 1 / (self.passes * self.pass_seconds / n + self.prompt_seconds)
+        # Its place is taken while its prompt is read, too, and until the end of its last pass, half of it unused on average.
+        taken = self.prompt_passes + self.passes + 0.5
+        seconds: Floats = 1 / (taken * self.pass_seconds / n + self.prompt_seconds)
         return seconds
 
     @property
@@ -125,14 +128,16 @@ class Replica:
         """([N] chance, [N] seconds, others) by requests found, 0 .. N - 1: how long the pass under way takes, whose end an
         arrival waits for, and how many came during it, whose prompts are read with its own.
         """
-        plain = np.concatenate([[0.0], self.pass_seconds[:-1]])
-        reading = np.concatenate([[0.0], self._reading()[:-1]])
-        is_reading = np.minimum(1.0, rate * reading)
-        for chance, seconds in ((1 - is_reading, plain), (is_reading, reading)):
-            arrivals = rate * seconds
+        usual, prompt = (np.concatenate([[0.0], x[:-1]]) for x in (self.pass_seconds, self.prompt_seconds))
+        mean = usual / (1 - np.minimum(rate * prompt, _MOST_READING))
+        # Longer passes are met more often than there are.
+        lengths = [usual + k * prompt / self.prompt_passes for k in range(_MOST_OTHERS)]
+        met = [_poisson(self.prompt_passes * rate * mean, k) * seconds for k, seconds in enumerate(lengths)]
+        for k, seconds in enumerate(lengths):
+            share = met[k] / np.maximum(sum(met), 1e-12)
+            share[0] = k == 0  # who finds nobody waits for nothing
             for others in range(_MOST_OTHERS):
-                poisson = np.exp(-arrivals) * arrivals**others / math.factorial(others)
-                yield chance * poisson, seconds, others
+                yield share * _poisson(rate * seconds, others), seconds, others
 
     def _ttft(self, rate: float) -> Floats:
         """[N + max_waiting]  mean seconds to the first token by requests found."""
@@ -152,3 +157,8 @@ class Replica:
         turns = torch.arange(1, self.max_waiting + 1, dtype=torch.float64)
         time = torch.full_like(turns, max(0.0, objective - float(self._reading()[-1])) * self.saturation)
         return np.concatenate([at_once, torch.special.gammainc(turns, time).numpy()])
+
+
+def _poisson(mean: Floats, k: int) -> Floats:
+    chance: Floats = np.exp(-mean) * mean**k / math.factorial(k)
+    return chance
