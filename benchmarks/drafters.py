@@ -39,7 +39,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 # How a drafter learns from a batch. What is in the batches, and how many there are, must be the same for all.
 LEARNING = ("optimizer", "lr", "lr_matrices", "lr_rest", "weight_decay", "schedule", "warmup", "decay", "mean_decay")
-LEARNING += ("start_from_target",)
+LEARNING += ("start_from_target", "start_head_from_texts")
 
 
 def plan_of(seed: int, options: argparse.Namespace) -> Plan:

@@ -67,12 +67,14 @@ def test_recipes_differ_in_the_drafter_and_its_losses_only() -> None:
 
 
 def test_the_ablation_changes_one_thing_at_a_time() -> None:
-    tables = {path.stem: read_toml(path) for path in (RECIPES.parent / "ablation").glob("*.toml")}
+    tables = {path.stem: read_toml(path) for path in (RECIPES.parent / "ablation").rglob("*.toml")}
     reference = tables["reference"]
     for name, own in tables.items():
         assert (own["drafter"], own["loss"]) == (reference["drafter"], reference["loss"]), name
         assert {k for k, _ in own["train"].items() ^ reference["train"].items()} <= set(drafters.LEARNING), name
-    steps = [tables[name]["train"] for name in ("with-muon", "with-muon-mean", "with-muon-mean-start")]
+    assert tables["adamw"] == reference
+    names = ("with-muon", "with-muon-mean", "with-muon-mean-start", "with-muon-mean-start-head")
+    steps = [tables[name]["train"] for name in names]
     for before, after in pairwise(steps):
         assert len(after.items() - before.items()) == 1
 

@@ -66,7 +66,7 @@ def test_flags_override_the_recipe(tmp_path: Path, target_folder: Path, data: Pa
         ('[drafter]\nkind = "medusa"\n', TRAIN, "kind must be one of dspark, dflash"),
         ('[drafter]\narchitecture = "Medusa"\n', TRAIN, "architecture must be one of Qwen3DSparkModel"),
         (DRAFTER, TRAIN + 'optimizer = "sgd"\n', "optimizer must be one of muon, adamw"),
-        (DRAFTER, TRAIN + 'start_from = "x"\nstart_from_target = true\n', "exclude each other"),
+        (DRAFTER, TRAIN + 'start_from = "x"\nstart_from_target = true\n', "goes on from all weights"),
         (DRAFTER, TRAIN.replace("2", "0", 1), "steps must be 1 or more"),
         (DRAFTER, "[trian]\nsteps = 1\n", r"a table \[trian\]"),
         (DRAFTER, "", r"the tables \[drafter\] and \[train\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from dspark.checkpoints.folder import open_checkpoint
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.modules import decoder_layers
+from dspark.train.texts import Text
+
+_PRIOR = 20.0  # pairs of a token that must be seen before they count for half
 
 
 @torch.no_grad()
@@ -72,11 +76,49 @@ def start_from_drafter(model: Any, name: str) -> None:
     model.load_state_dict(checkpoint.read(list(expected)))
 
 
-def start(model: Any, settings: Any, target: Any) -> None:
-    """By the recipe: drawn weights, the target's last layers, or another drafter's."""
+@torch.no_grad()
+def start_head_from_texts(model: Any, texts: Sequence[Text]) -> None:
+    """The Markov head as the best of its rank that pairs of tokens in the answers give: what follows what, and how often.
+
+    bias[previous, next] = log(1 + c(previous, next) / (_PRIOR p(next))). That is log p(next | previous) / p(next), shrunk
+    where pairs are few, up to a constant of the row, which no softmax sees: so pairs that never occur are 0, and the
+    matrix is sparse. Errors weigh as often as their tokens occur. The same in every process.
+    """
+    head, size, rank = model.markov_head, model.config.vocab_size, model.config.markov_rank
+    if rank == 0 or model.config.markov_head_type != "vanilla":
+        raise InvalidConfiguration(
+            "start_head_from_texts is for the vanilla Markov head: leave it out of the recipe, or set markov_rank and "
+            'markov_head_type = "vanilla"'
+        )
+    pairs = torch.cat([text.token_ids[:-1].long() * size + text.token_ids[1:] for text in texts])
+    learned = torch.cat([text.loss_mask[1:] for text in texts])
+    pairs, counts = pairs[learned].unique(return_counts=True)
+    where = torch.stack([pairs // size, pairs % size])
+    before = torch.zeros(size).index_add_(0, where[0], counts.float())
+    after = torch.zeros(size).index_add_(0, where[1], counts.float()) + 0.5
+    law = after / after.sum()
+    bias = torch.log1p(counts / (_PRIOR * law[where[1]]))
+    rows, columns = (before + 1).sqrt(), law.sqrt()
+    weighted = torch.sparse_coo_tensor(
+        where, bias * rows[where[0]] * columns[where[1]], (size, size), check_invariants=True
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weighted, q=min(size, rank + 16), niter=4)
+    w1 = u[:, :rank] * s[:rank].sqrt() / rows[:, None]
+    w2 = v[:, :rank] * s[:rank].sqrt() / columns[:, None]
+    length = w1.norm(dim=1).mean()  # as drawn weights have it: about 1 per row
+    head.markov_w1.weight.copy_(w1 / length)
+    head.markov_w2.weight.copy_(w2 * length)
+
+
+def start(model: Any, settings: Any, target: Any, texts: Sequence[Text]) -> None:
+    """By the recipe: drawn weights, the target's last layers, or another drafter's; the head from texts if wanted."""
     if settings.start_from:
         start_from_drafter(model, settings.start_from)
     elif settings.start_from_target:
         start_from_target(model, target)
     else:
         start_as_identity(model)
+    if settings.start_head_from_texts:
+        start_head_from_texts(model, texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dspark.train.files import move_files, replace_file
 from dspark.train.optim import SCHEDULES, RunningMean, load_optimizer, make_adamw, make_optimizers, set_learning_rate
 from dspark.train.run_log import Table
 from dspark.train.start import start
+from dspark.train.texts import Text
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainSettings:
     num_validation     texts that are only evaluated
     validation_prompts decoded at every validation, validation_tokens each at most; 0: losses only
     start_from_target  copy the target's last layers instead of drawing weights
+    start_head_from_texts  the Markov head starts as the texts' own pairs of tokens
     start_from         folder of a drafter of the same shape to go on from
     """
 
@@ -70,6 +72,7 @@ class TrainSettings:
     log_every: int = 25
     max_length: int = 512
     start_from_target: bool = False
+    start_head_from_texts: bool = False
     start_from: str | None = None
     seed: int = 0
 
@@ -84,8 +87,10 @@ class TrainSettings:
         for name in ("steps", "tokens_per_batch", "accumulate", "anchors_per_batch", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InvalidConfiguration(f"{name} must be 1 or more; got {getattr(self, name)}")
-        if self.start_from and self.start_from_target:
-            raise InvalidConfiguration("start_from and start_from_target exclude each other: leave one of them out")
+        if self.start_from and (self.start_from_target or self.start_head_from_texts):
+            raise InvalidConfiguration(
+                "start_from goes on from all weights of a drafter: leave start_from_target and start_head_from_texts out"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,16 @@ class Student:
 
     out            the folder `--drafter` takes: the best validated weights, or the newest while there are none
     out/last       the newest weights
+    texts          what it will learn from
     extra          goes into config.json of both
     """
 
-    def __init__(self, recipe: Recipe, teacher: Any, extra: Mapping[str, Any]) -> None:
+    def __init__(self, recipe: Recipe, teacher: Any, texts: Sequence[Text], extra: Mapping[str, Any]) -> None:
         self.recipe, self.settings, self.weights, self.out = recipe, recipe.settings, recipe.weights, recipe.out
         self.extra = dict(extra)
         torch.manual_seed(self.settings.seed)
         self.model: Any = MODELS[recipe.architecture][1](recipe.config)
-        start(self.model, self.settings, teacher)
+        start(self.model, self.settings, teacher, texts)
         self.device = teacher.get_input_embeddings().weight.device
         self.model.to(self.device)
         if self.settings.checkpoint_layers:

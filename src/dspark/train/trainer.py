@@ -67,7 +67,7 @@ class Trainer:
         )
         self.train_texts, self.validation_texts = self._split(plan.texts)
         self.prompts = self._prompts()
-        self.students = [Student(recipe, teacher, plan.prints) for recipe in plan.recipes]
+        self.students = [Student(recipe, teacher, self.train_texts, plan.prints) for recipe in plan.recipes]
         for student in self.students:
             _choose_vocabulary(student.model, self.train_texts)
         self.curves = [Curves(s.out / "tensorboard") for s in self.students] if tensorboard and self.is_first else []
