@@ -15,7 +15,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from benchmarks.replayed import Dice, rates_for, tau_of
 from benchmarks.shapes import SHAPES, build
 from dspark.errors import UnsupportedModel
 from dspark.target import native
+from dspark.target.check import check_parity
 
 SECTIONS = ("steps", "rounds", "decode", "deterministic")
 PEERS = ("eager", "compiled", "continuous")
@@ -111,6 +112,10 @@ class Benchmark:
         self.found: dict[str, Any] = {}
         self.say("making the models")
         target, drafter = build(options.shape, options.device, getattr(torch, options.dtype))
+        try:
+            check_parity(target, "sdpa")
+        except UnsupportedModel as error:  # speed is worth knowing all the same
+            console.print(f"WRONG RESULTS on this device: {error}", highlight=False)
         rates = options.rates or rates_for(options.tau, drafter.length)
         if len(rates) != drafter.length:
             raise SystemExit(f"--rates takes {drafter.length} of them, the drafter's length; got {len(rates)}")
@@ -138,7 +143,12 @@ class Benchmark:
 
     def run(self) -> None:
         for name in self.options.sections:
-            getattr(self, name)(self._deadline(name))
+            self.found[name] = []
+            try:
+                getattr(self, name)(self._deadline(name))
+            except torch.OutOfMemoryError as error:
+                self.console.print(f"{name} ends here, out of memory: {error}", highlight=False)
+                torch.cuda.empty_cache()
             self._keep()
             gpu_report.show(self.console, name, self.found[name])
 
@@ -152,22 +162,21 @@ class Benchmark:
         sizes = gpu_sections.step_sizes(self.options.most_tokens, self.options.contexts)
         most = int(0.7 * gpu_report.free_bytes(self.options.device))
         rows = gpu_sections.steps(self.target, self.floor, sizes, most, self.options.repeats, self.say)
-        self.found["steps"] = list(_until(deadline, rows))
+        self._collect("steps", rows, deadline)
 
     def rounds(self, deadline: float) -> None:
         context = self.options.contexts[0]
         rows = gpu_sections.rounds(
             self.ready, self.floor, self.options.requests, context, self.options.repeats, self.say
         )
-        self.found["rounds"] = list(_until(deadline, rows))
+        self._collect("rounds", rows, deadline)
 
     def deterministic(self, deadline: float) -> None:
         sizes = ((1, 1), (8, 1), (32, 1), (1, 8), (1, 512))
         rows = gpu_sections.deterministic(self.target, sizes, self.options.contexts[0], self.options.repeats, self.say)
         try:
-            self.found["deterministic"] = list(_until(deadline, rows))
+            self._collect("deterministic", rows, deadline)
         except UnsupportedModel as error:  # found by its own check: bits that differ on this device
-            self.found["deterministic"] = []
             self.console.print(str(error), highlight=False)
 
     def decode(self, deadline: float) -> None:
@@ -185,7 +194,7 @@ class Benchmark:
             records: list[Any] = []
             name = PLAIN if policy == "off" else f"ours: dspark@{policy}"
             ours.append(Ours(name, self.ready.engine(policy, records), records))
-        self.found["decode"] = results = []
+        results = self.found["decode"]
         for index, requests in enumerate(options.requests):
             if results and time.monotonic() > deadline:
                 self.say(f"decode: no time left for {requests} requests")
@@ -203,20 +212,19 @@ class Benchmark:
         for contender in others:
             contender.close()
 
+    def _collect(self, section: str, rows: Iterable[Any], deadline: float) -> None:
+        """At least one, and no more once the time is up."""
+        for row in rows:
+            self.found[section].append(row)
+            if time.monotonic() > deadline:
+                return
+
     def _keep(self) -> None:
         if self.options.json:
             content = {name: [asdict(row) for row in rows] for name, rows in self.found.items()}
             report.write_json(self.options.json, {"machine": self.about, **content})
         if self.options.plot:
             gpu_report.draw(self.options.plot, self.found, self.about)
-
-
-def _until(deadline: float, rows: Iterable[Any]) -> Iterator[Any]:
-    """At least one, and no more once the time is up."""
-    for row in rows:
-        yield row
-        if time.monotonic() > deadline:
-            return
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
