@@ -176,6 +176,7 @@ class Request:
     features: Tensor | None = None
     features_start: int = 0
     feature_pieces: list[Tensor] = field(default_factory=list, repr=False)  # newer features, not yet joined to these
+    num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves
     rounds: list[Round] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
@@ -218,7 +219,7 @@ class Draft:
 
     def on_host(self) -> Draft:
         """The same with everything that the host decides on in its memory; the laws stay where they are."""
-        confidence = None if self.confidence is None else self.confidence.cpu()
+        confidence = None if self.confidence is None else self.confidence.float().cpu()
         parents = None if self.parents is None else self.parents.cpu()
         return Draft(self.tokens.cpu(), self.sizes.cpu(), confidence, parents, self.probs)
 

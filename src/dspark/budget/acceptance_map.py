@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dspark.budget.calibration import Calibration, logit
+from dspark.budget.calibration import LOGIT_LIMIT, Calibration
 from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
 from dspark.types import Draft, Request
 
@@ -44,7 +43,11 @@ class AcceptanceMap:
     """The map as a logistic regression: `learner` holds its coefficients. Positions differ in their offset alone."""
 
     def __init__(self, calibration: Calibration | None, num_positions: int) -> None:
-        self.calibration, self.num_positions = calibration, num_positions
+        self.num_positions = num_positions
+        known = Calibration((1.0,)) if calibration is None else calibration
+        places = np.minimum(np.arange(num_positions), len(known.temperatures) - 1)
+        self._slopes = 1 / np.array(known.temperatures)[places]
+        self._offsets = np.array(known.offsets or [0.0] * len(known.temperatures))[places]
 
     def learner(self, memory: float) -> OnlineLogistic:
         """Before anything is learned: the confidence as it is."""
@@ -59,15 +62,15 @@ class AcceptanceMap:
     def read(self, draft: Draft, own: Array) -> Stated:
         """What the draft says of itself, and own [B, 1]."""
         shape = tuple(draft.tokens.shape)
-        depth = torch.arange(1, shape[1] + 1) if draft.parents is None else draft.depth
-        place = np.broadcast_to(np.minimum(depth.numpy() - 1, self.num_positions - 1), shape)
+        depth = np.arange(1, shape[1] + 1) if draft.parents is None else draft.depth.numpy()
+        place = np.broadcast_to(np.minimum(depth - 1, self.num_positions - 1), shape)
         if draft.confidence is None:
             return Stated(np.full(shape, _UNSTATED), place, own)
-        if self.calibration is None:
-            logits = logit(draft.confidence)
-        else:
-            logits = self.calibration.logits(draft.confidence, None if draft.parents is None else depth)
-        return Stated(logits.double().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).numpy(), place, own)
+        confidence = draft.confidence.numpy().astype(np.float64)
+        with np.errstate(divide="ignore"):  # 0 and 1 have no logit
+            logits = np.clip(np.log(confidence / (1 - confidence)), -LOGIT_LIMIT, LOGIT_LIMIT)
+        stated = np.clip(logits * self._slopes[place] + self._offsets[place], -_LOGIT_LIMIT, _LOGIT_LIMIT)
+        return Stated(stated, place, own)
 
     def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
         """[rows, K]  P(accepted | ancestors accepted) of these requests' tokens."""

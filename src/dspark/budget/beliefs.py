@@ -119,6 +119,8 @@ class LiveBeliefs:
                 rows = [b for b, other in enumerate(classes) if other == name]
                 believed[rows] = self.map.apply(self.classes[name], stated, rows)
         self._asked = _Asked(list(requests), [len(r.tokens) for r in requests], classes, stated, believed)
+        if draft.parents is None:
+            return torch.from_numpy(believed.cumprod(1))
         return survival_of(draft, torch.from_numpy(believed))
 
     def wants_whole(self, num_requests: int) -> Tensor:

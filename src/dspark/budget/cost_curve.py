@@ -21,7 +21,7 @@ _MOST_PLACES = 256
 _MEDIAN_OF = 9
 _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
-_MOST_BETWEEN_FITS = 64
+_MOST_BETWEEN_FITS = 256
 _ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
 _SO_OFTEN = 5
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,12 @@ def survival_of(draft: Draft, confidence: Tensor) -> Tensor:
 
 def falling_survival(draft: Draft, survival: Tensor) -> Tensor:
     """[B, K]  beliefs made fit for schedulers: within 0 .. 1, 0 on padding and nonsense, never rising along a path."""
-    within = survival.nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0) * draft.real
+    # numpy, because many small operations are to be paid for in every step; its fmax takes a number before nonsense
+    is_real = np.arange(survival.shape[1]) < draft.sizes.numpy()[:, None]
+    clean = np.fmin(np.fmax(survival.numpy(), 0.0), 1.0) * is_real
     if draft.parents is None:
-        return within.cummin(1).values if within.numel() else within
+        return torch.from_numpy(np.minimum.accumulate(clean, 1))
+    within = torch.from_numpy(clean)
     return along_paths(draft, within.new_ones(len(within)), lambda before, k: torch.minimum(before, within[:, k]))
 
 

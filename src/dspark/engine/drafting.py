@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dspark.budget.guard import Guard
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 # Positions of one request whose features are kept while the drafter is not asked about it. They take about as much
 # memory as the drafter's own keys and values would, and reading them for nothing takes time from everybody.
 _MOST_UNREAD = 4096
-_MOST_PIECES = 16  # each holds on to the features of a whole step until they are joined
+_MOST_LOOSE = 16  # pieces; each holds on to the features of a whole step until they are joined
 
 
 class Drafting:
@@ -58,8 +59,10 @@ class Drafting:
         """Remember features [n, F] of the positions just committed until the drafter has read them."""
         if request.id not in self._failed:
             request.feature_pieces.append(features)
-            if len(request.feature_pieces) >= _MOST_PIECES:
-                _join_features(request)
+            request.num_loose += 1
+            if request.num_loose >= _MOST_LOOSE:  # joined among themselves: what came before them is not copied again
+                request.feature_pieces[-_MOST_LOOSE:] = [torch.cat(request.feature_pieces[-_MOST_LOOSE:])]
+                request.num_loose = 0
 
     def forget(self, request: Request) -> None:
         """The request has ended, or must be read again from the start."""
@@ -67,6 +70,7 @@ class Drafting:
         self._failed.discard(request.id)
         request.features, request.features_start = None, 0
         request.feature_pieces.clear()
+        request.num_loose = 0
 
     def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
         try:
@@ -124,6 +128,7 @@ def _join_features(request: Request) -> int:
         pieces += request.feature_pieces
         request.features = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         request.feature_pieces.clear()
+        request.num_loose = 0
     return 0 if request.features is None else len(request.features)
 
 
@@ -137,14 +142,16 @@ def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
             return f"{name} {list(values.shape)} beside tokens {list(tokens.shape)}"
     if not tokens.numel():
         return None
-    if int(sizes.min()) < 0 or int(sizes.max()) > tokens.shape[1]:
+    ids, lengths = tokens.numpy(), sizes.numpy()  # on the host already, where numpy is the quicker
+    if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
         return f"sizes {sizes.tolist()} for drafts of {tokens.shape[1]} tokens"
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+    if ids.min() < 0 or ids.max() >= vocab_size:
         return f"token ids outside 0 .. {vocab_size - 1}"
+    is_real = np.arange(tokens.shape[1]) < lengths[:, None]
     if draft.parents is not None:
-        order = torch.arange(tokens.shape[1])
-        if bool((((draft.parents >= order) | (draft.parents < -1)) & draft.real).any()):
+        parents = draft.parents.numpy()
+        if (((parents >= np.arange(tokens.shape[1])) | (parents < -1)) & is_real).any():
             return "a draft token that does not come after its parent"
-    if draft.confidence is not None and bool((draft.confidence * draft.real).isnan().any()):
+    if draft.confidence is not None and (np.isnan(draft.confidence.numpy()) & is_real).any():
         return "confidences that are no numbers"
     return None

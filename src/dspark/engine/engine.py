@@ -321,8 +321,8 @@ class Engine:
                 record.chosen = keep
                 if whole.any():
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
-            record.predicted_accepted = float((record.survival * keep).sum())
-            record.num_tokens += int(keep.sum())
+            record.predicted_accepted = float((record.survival.numpy() * keep.numpy()).sum())
+            record.num_tokens += int(keep.numpy().sum())
         if self.capacity.is_known and record.num_tokens:
             sizes, is_reading_prompts = np.array([record.num_tokens]), load.num_prompt_tokens > 0
             record.predicted_seconds = float(
@@ -374,9 +374,10 @@ class Engine:
             self.target.keep(request.id, span.start, chosen)
         request.num_cached += len(chosen)
         if features is not None:
-            own = features[first_token : first_token + len(span.tokens)]
-            is_run = chosen[-1] == len(chosen) - 1
-            own = own[: len(chosen)] if is_run else own[torch.tensor(chosen, device=own.device)]
+            if chosen[-1] == len(chosen) - 1:  # a run
+                own = features[first_token : first_token + len(chosen)]
+            else:
+                own = features[first_token + torch.tensor(chosen, device=features.device)]
             self.drafting.keep_features(request, own)
             if self.prefixes is not None:
                 self.prefixes.note(request, own)
