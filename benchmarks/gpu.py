@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ if not __package__:
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_report, gpu_sections, prompts, report
+from benchmarks import gpu_kernels, gpu_report, gpu_sections, prompts, report
 from benchmarks.contenders import PLAIN, Ours
 from benchmarks.floor import copy_bandwidth, floor_of
 from benchmarks.gpu_peers import peers
@@ -38,13 +39,13 @@ from dspark.errors import UnsupportedModel
 from dspark.target import native
 from dspark.target.check import check_parity
 
-SECTIONS = ("steps", "rounds", "decode", "deterministic")
+SECTIONS = ("steps", "kernels", "rounds", "decode", "deterministic")
 PEERS = ("eager", "compiled", "continuous")
 POLICIES = (
     "off,fixed:1,fixed:3,fixed:5,fixed:7,threshold:0.6,algorithm1,lagged,optimal,tokens-per-batch,startup-table,auto"
 )
 _PAPER_TAU = 4.73  # DSpark on Qwen3-4B, mean of the paper's nine sets (Table 1)
-_SHARES = {"steps": 0.2, "rounds": 0.15, "decode": 0.6, "deterministic": 0.05}  # of the minutes
+_SHARES = {"steps": 0.15, "kernels": 0.1, "rounds": 0.15, "decode": 0.55, "deterministic": 0.05}  # of the minutes
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -160,9 +161,20 @@ class Benchmark:
 
     def steps(self, deadline: float) -> None:
         sizes = gpu_sections.step_sizes(self.options.most_tokens, self.options.contexts)
-        most = int(0.7 * gpu_report.free_bytes(self.options.device))
-        rows = gpu_sections.steps(self.target, self.floor, sizes, most, self.options.repeats, self.say)
+        rows = gpu_sections.steps(self.target, self.floor, sizes, self._most_bytes, self.options.repeats, self.say)
         self._collect("steps", rows, deadline)
+
+    def kernels(self, deadline: float) -> None:
+        loads, repeats = self.options.requests, self.options.repeats
+        sizes = [(n, each, context) for context in self.options.contexts for n in loads for each in (1, 8)]
+        attention = gpu_kernels.attention_rows(self.target, self.floor, sizes, self._most_bytes, repeats, self.say)
+        draws = gpu_kernels.draw_rows(self.target, self.floor, loads, repeats, self.say)
+        self._collect("kernels", chain(draws, attention), deadline)
+
+    @property
+    def _most_bytes(self) -> int:
+        """That a cache may take."""
+        return int(0.7 * gpu_report.free_bytes(self.options.device))
 
     def rounds(self, deadline: float) -> None:
         context = self.options.contexts[0]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import summary, table
 from benchmarks.contenders import PLAIN
+from benchmarks.gpu_kernels import KernelRow
 from benchmarks.gpu_sections import DeterministicRow, RoundRow, StepRow
 from benchmarks.measure import Section
 
@@ -62,6 +63,14 @@ def _steps(rows: Sequence[StepRow]) -> Table:
     return found
 
 
+def _kernels(rows: Sequence[KernelRow]) -> Table:
+    found = Table("what", "requests", "tokens", "context", "ours µs", "torch µs", "floor µs", title="One call")
+    for r in rows:
+        times = (f"{1e6 * seconds:.0f}" for seconds in (r.kernel, r.torch, r.floor))
+        found.add_row(r.what, str(r.requests), str(r.tokens), str(r.context), *times)
+    return found
+
+
 def _rounds(rows: Sequence[RoundRow]) -> Table:
     headings = ("requests", "context", "plain ms", "draft", "verify", "round / plain", "floor: plain", "draft", "busy")
     found = Table(*headings, title="Engine steps: plain, and with drafts verified in full (acceptance replayed)")
@@ -78,6 +87,9 @@ def _decode(rows: Sequence[DecodeRow]) -> Table:
     for name in rows[0].rates if rows else ():
         cells = []
         for r in rows:
+            if name not in r.rates:  # it serves fewer requests
+                cells.append("")
+                continue
             times = f", {r.over_plain(name):.2f}x" if name != PLAIN and PLAIN in r.rates else ""
             tau = f", tau {r.tau[name]:.2f}" if r.tau.get(name, 1) > 1 else ""
             cells.append(table.number(r.rates[name]) + times + tau)
@@ -98,6 +110,7 @@ def _deterministic(rows: Sequence[DeterministicRow]) -> Table:
 
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "steps": _steps,
+    "kernels": _kernels,
     "rounds": _rounds,
     "decode": _decode,
     "deterministic": _deterministic,
@@ -107,6 +120,9 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
 def aims(found: Mapping[str, Sequence[Any]]) -> list[tuple[bool, str]]:
     """(reached, what) for each aim that this run can judge."""
     lines: list[tuple[bool, str]] = []
+    slower = [r for r in found.get("kernels", ()) if r.kernel > r.torch]
+    if found.get("kernels"):
+        lines.append((not slower, f"kernels behind torch in {len(slower)} of {len(found['kernels'])} sizes, aim none"))
     for r in found.get("rounds", ()):
         if r.requests == 1:
             share = r.plain_floor / r.plain
@@ -153,7 +169,8 @@ def draw(path: Path, found: Mapping[str, Sequence[Any]], about: Mapping[str, Any
     loads = found.get("decode", ())
     for name in loads[0].rates if loads else ():
         style = "--" if name.startswith("transformers") else "-"
-        right.plot([r.requests for r in loads], [r.rates[name] for r in loads], style, marker=".", label=name)
+        served = [r for r in loads if name in r.rates]
+        right.plot([r.requests for r in served], [r.rates[name] for r in served], style, marker=".", label=name)
     right.set(xscale="log", yscale="log", xlabel="requests", ylabel="tokens/s", title="Decoding, acceptance replayed")
     for axis in (left, right):
         if axis.lines:
