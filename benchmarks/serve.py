@@ -149,7 +149,9 @@ def _beside_engine(
 ) -> list[Load]:
     asked, loads = _texts(texts, clients * options.requests_per_client), []
     for repeat in range(options.repeats + 1):
+        cpu = _metric(httpx.get(url + "/metrics", timeout=60).text, "process_cpu_seconds_total")
         server = closed("server", url, clients, sampled(asked, options.tokens))
+        server.cpu_seconds = _metric(httpx.get(url + "/metrics", timeout=60).text, "process_cpu_seconds_total") - cpu
         alone = [own(engine, asked, clients, options.tokens, arrivals) for arrivals in (None, server.arrivals)]
         if repeat:  # the first turn warms both up
             loads += [server, *alone]
@@ -190,9 +192,8 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
     asking, memory = asyncio.ensure_future(ask_closed(url, load, requests())), []
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         while not asking.done():
-            metrics = (await client.get("/metrics")).text
-            line = next(line for line in metrics.splitlines() if line.startswith("process_resident_memory_bytes "))
-            memory.append((time.monotonic() - began, float(line.split()[1])))
+            page = (await client.get("/metrics")).text
+            memory.append((time.monotonic() - began, _metric(page, "process_resident_memory_bytes")))
             await asyncio.wait([asking], timeout=5)
     await asking
     settled = [(at, size / 2**20) for at, size in memory if at > 60 * options.minutes / 4] or [(0.0, 0.0)]
@@ -200,6 +201,10 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
     _print_load(load, f"{options.minutes:g} minutes with {clients} clients")
     print(f"  resident memory {first:.0f} MiB after a quarter of it, {last:.0f} MiB at the end")
     return memory
+
+
+def _metric(page: str, name: str) -> float:
+    return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(name + " "))
 
 
 def _texts(texts: Sequence[str], count: int) -> list[str]:
@@ -217,12 +222,13 @@ def _print_sides(loads: Sequence[Load]) -> None:
         for s, e in zip(server, same, strict=True)
         for ours, alone in zip(s.first_token, e.first_token, strict=True)
     )
+    cpu, own_cpu = (statistics.median(x.cpu_seconds / x.num_tokens for x in side) for side in (server, engine))
     added_gap = gap - statistics.median(x for load in same for x in load.gaps)
     print(
         f"{server[0].clients:3d} clients: server {statistics.median(x.speed for x in server):6.0f} tokens/s, "
         f"{100 * share:.0f} % of the engine's {statistics.median(x.speed for x in engine):.0f}; "
         f"first token {1000 * first:.1f} ms, {1000 * added:+.1f}; between events {1000 * gap:.1f} ms, "
-        f"{1000 * added_gap:+.1f}",
+        f"{1000 * added_gap:+.1f}; processor time per token {1000 * cpu:.2f} ms, {100 * (cpu / own_cpu - 1):+.0f} %",
         flush=True,
     )
 

@@ -19,6 +19,7 @@ import httpx
 from dspark import Engine, SamplingParams
 from dspark.types import Request
 
+RAMP_SECONDS = 0.5  # over which clients of a closed loop begin, one after another: a flash crowd is another load
 Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's body holds
 
 
@@ -26,8 +27,9 @@ Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's
 class Load:
     """What one side did with one load. Seconds since it began.
 
-    arrivals  of requests
-    events    of each request: when tokens of it came
+    cpu_seconds  of this side's whole process meanwhile, where it was asked for
+    arrivals     of requests
+    events       of each request: when tokens of it came
     """
 
     side: str
@@ -35,6 +37,7 @@ class Load:
     num_tokens: int = 0
     num_failed: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     events: list[list[float]] = field(default_factory=list)
 
@@ -70,10 +73,12 @@ def own(
     arrivals  when requests come instead, whether or not others have ended
     """
     load, began = Load("engine" if arrivals is None else "engine, same arrivals", clients), time.perf_counter()
+    load.cpu_seconds = -time.process_time()
     waiting, running, num_seen = deque(enumerate(texts)), dict[Request, list[float]](), dict[Request, int]()
     while waiting or running:
         now = time.perf_counter() - began
-        while waiting and (len(running) < clients if arrivals is None else arrivals[waiting[0][0]] <= now):
+        num_begun = min(clients, 1 + int(now * clients / RAMP_SECONDS))
+        while waiting and (len(running) < num_begun if arrivals is None else arrivals[waiting[0][0]] <= now):
             seed, text = waiting.popleft()
             params = SamplingParams(temperature=1, seed=seed, max_tokens=tokens, ignore_eos=True)
             running[engine.submit(text, params)] = load.arrive(now if arrivals is None else arrivals[seed])
@@ -90,6 +95,7 @@ def own(
                 load.num_tokens += len(request.generated)
                 del running[request]
     load.seconds = time.perf_counter() - began
+    load.cpu_seconds += time.process_time()
     return load
 
 
@@ -119,11 +125,12 @@ async def ask_closed(url: str, load: Load, requests: Asked) -> None:
     async with _client(url) as client:
         began = time.perf_counter()
 
-        async def one() -> None:
+        async def one(number: int) -> None:
+            await asyncio.sleep(number * RAMP_SECONDS / load.clients)
             for text, asked in requests:
                 await _ask(client, load, began, text, asked)
 
-        await asyncio.gather(*(one() for _ in range(load.clients)))
+        await asyncio.gather(*(one(number) for number in range(load.clients)))
         load.seconds = time.perf_counter() - began
 
 
