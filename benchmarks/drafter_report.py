@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from benchmarks.plot import require_matplotlib
 BASELINES = ("dflash", "eagle3", "reference")
 
 
-def table(found: Comparison) -> str:
-    """Markdown: tau of every drafter by domain, and its gain over the baselines that took part."""
-    baselines = [name for name in BASELINES if name in found.names]
+def table(found: Comparison, over: Sequence[str] = BASELINES) -> str:
+    """Markdown: tau of every drafter by domain, and its gain over those of `over` that took part."""
+    baselines = [name for name in over if name in found.names]
     heads = ["tau", "layers", "parameters", *found.num_prompts, "mean", *(f"over {name}" for name in baselines)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in found.names:

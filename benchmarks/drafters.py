@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dspark
-from benchmarks.drafter_report import save_plots, table
+from benchmarks.drafter_report import BASELINES, save_plots, table
 from benchmarks.drafter_results import RESULTS, Comparison, Measured, read_results
 from dspark.errors import InvalidConfiguration
 from dspark.target.loading import resolve
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sources", type=Path, default=RECIPES / "tiny" / "text.toml")
     parser.add_argument("--recipes", type=Path, default=RECIPES / "compare", help="folder of recipes (*.toml)")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--over", nargs="+", default=BASELINES, metavar="NAME", help="show gains over these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: the recipes' own")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no training step begins later")
@@ -151,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"time is up in seed {seed}: the same command goes on from there", flush=True)
             break
         found = Comparison(read_results(options.out))
-        print(table(found), flush=True)
-        (options.out / "table.md").write_text(table(found), encoding="utf-8")
+        shown = table(found, options.over)
+        print(shown, flush=True)
+        (options.out / "table.md").write_text(shown, encoding="utf-8")
         if options.plot:
             save_plots(found, options.out)
 
