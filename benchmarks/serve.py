@@ -4,9 +4,10 @@
     python benchmarks/serve.py --quick
 
 starts `dspark serve` in a process of its own and talks to it with streaming clients, taking turns with the same engine
-in this process, which writes the same text. Closed loop: each client asks again as soon as it has its answer; the
-engine's own speed is that of as many requests at once. What the server adds to the first token and between events is
-against an engine whose requests come when the server's did: who comes while a step runs waits for its end on both sides.
+in this process, which writes the same text. Closed loop: clients begin one after another, and each asks again as soon as
+it has its answer; the engine's own speed is that of as many requests, the next as soon as one has ended. What the
+server adds to the first token and between events is against an engine whose requests come when the server's did: who
+comes while a step runs waits for its end on both sides.
 Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
 --minutes: the closed loop for so long, and what the server's memory does. --peer needs transformers[serving] and
 accelerate; both sides then answer the same requests at temperature 0, up to the target's end token.

@@ -20,7 +20,7 @@ from dspark.errors import InvalidRequest
 
 Floats = NDArray[np.float64]
 _BISECTIONS = 24
-_MOST_OTHERS = 8  # arrivals during one pass that are told apart
+_MOST_OTHERS = 8  # arrivals during one pass, and prompts in it, that are told apart
 _MOST_READING = 0.95  # share of the time that may go into prompts
 
 
