@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
 from dspark.target.compiled import few_guards, frozen_weights
 from dspark.target.kernels import kernel_for
+from dspark.target.linears import with_packed_linears
 from dspark.types import Draft, Request, Rule
 
 
@@ -105,6 +106,8 @@ class BlockDrafter:
         Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels.
         """
         self._head = self.model.head.for_drawing()
+        self.model = cast(BlockModel, with_packed_linears(self.model))
+        self.lm_head = with_packed_linears(self.lm_head)
 
         def step(step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
             return self._run(step, noise)

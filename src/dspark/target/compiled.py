@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark.target.kv_cache import KVCache
-from dspark.target.modules import capture_outputs, with_layers, with_own_hooks
+from dspark.target.linears import with_packed_linears
+from dspark.target.modules import capture_outputs, decoder_layers, with_layers, with_own_hooks
 from dspark.target.plan import Group, Plan, Visibility
 
 _ALONE, _SPAN, _MANY = "one token", "one request", "many requests"
@@ -45,9 +46,11 @@ class CompiledForward:
         self.feature_layers = feature_layers
         self._cache = cache
         self._captured: list[Any] = [None] * len(feature_layers)
+        packed = with_packed_linears(model)
+        layers = decoder_layers(packed, len(layers))
         hooked = with_own_hooks(layers)
         capture_outputs(hooked, feature_layers, self._captured)
-        self._model: Any = with_layers(model, layers, hooked)
+        self._model: Any = with_layers(packed, layers, hooked)
         self._storage_of = tuple(cache.storage)
         self._graphs: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 

@@ -20,16 +20,19 @@ from dspark import noise
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).parent / "csrc" / name for name in ("slot_attention.cpp", "keyed_noise.cpp")]
+_SOURCES = [
+    Path(__file__).parent / "csrc" / name for name in ("slot_attention.cpp", "keyed_noise.cpp", "small_linear.cpp")
+]
 _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-attributes"]
 
 attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
+small_linear = None  # torch.ops.dspark.small_linear then, on processors that can
 
 
 @cache
 def load() -> bool:
     """Make the kernels available, compiling them if this machine has not yet (about ten seconds). Whether it worked."""
-    global attend_slots
+    global attend_slots, small_linear
     try:
         torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
@@ -39,6 +42,9 @@ def load() -> bool:
     torch.library.register_fake("dspark::attend_slots", attended_shape)
     attend_slots = torch.ops.dspark.attend_slots
     noise.keyed_uniform = torch.ops.dspark.keyed_uniform
+    if hasattr(torch.ops.dspark, "small_linear"):  # the processor has bfloat16 dot products
+        torch.library.register_fake("dspark::small_linear", lambda x, weight, packed, bias: x @ weight.T)
+        small_linear = torch.ops.dspark.small_linear
     return True
 
 
