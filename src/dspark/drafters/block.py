@@ -110,6 +110,9 @@ class BlockDrafter:
         self.lm_head = with_packed_linears(self.lm_head)
 
         def step(step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+            for tensor in (*step.keys, *step.values):  # two sizes instead of two for each
+                torch._check(tensor.shape[0] == step.keys[0].shape[0])
+                torch._check(tensor.shape[1] == step.keys[0].shape[1])
             return self._run(step, noise)
 
         # The compiler keeps graphs by code object, and only a few for each: every drafter has one of its own.

@@ -104,6 +104,8 @@ class CompiledForward:
             back: Tensor | None,
             pairs: list[tuple[Tensor, Tensor]],
         ) -> tuple[Tensor, Tensor | None]:
+            for tensor in (tensor for pair in pairs for tensor in pair):  # one size instead of one for each
+                torch._check(tensor.shape[0] == pairs[0][0].shape[0])
             group = Group(slots, Visibility(starts, queries, inside, slots.shape[1]), rows, back, sees_all=is_alone)
             output = model(
                 input_ids=ids,

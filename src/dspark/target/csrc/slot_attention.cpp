@@ -4,9 +4,9 @@
 // A row's result depends on its own keys in their own order alone, never on what else is in the batch: the same bits
 // whether a token is decoded by itself, verified in a draft, or beside thirty other requests.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -239,7 +239,7 @@ at::Tensor attend_slots(
     own.output.push_back(i);
     own.place.push_back(padded % num_queries);
   }
-  at::Tensor output = at::empty({count, query.size(1), values.size(2)}, query.options());
+  at::Tensor output = at::detail::empty_cpu({count, query.size(1), values.size(2)}, query.scalar_type());
   const bool is_double = query.scalar_type() == at::kDouble;
   if (sinks_) sinks = sinks_->to(is_double ? at::kDouble : at::kFloat).contiguous();
   if (is_double) {
@@ -265,3 +265,6 @@ TORCH_LIBRARY(dspark, library) {
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) { library.impl("attend_slots", &attend_slots); }
+
+// No gradient is ever asked for: without this, every call is looked at for one.
+TORCH_LIBRARY_IMPL(dspark, Autograd, library) { library.impl("attend_slots", torch::CppFunction::makeFallthrough()); }

@@ -4,9 +4,9 @@
 // Every output is one sum over k in one order, in float, rounded once: the same bits however many rows there are. Only
 // where matrix units (AMX) make many rows cheap, those are left to the library.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -96,7 +96,8 @@ at::Tensor pack_linear(const at::Tensor& weight) {
   const at::Tensor from = weight.contiguous();
   constexpr int64_t kWide = kGroup * kLanes;
   const int64_t width = from.size(0), pairs = from.size(1) / 2;
-  at::Tensor packed = at::empty({(width + kWide - 1) / kWide, pairs, kWide, 2}, from.options()).zero_();
+  at::Tensor packed = at::detail::empty_cpu({(width + kWide - 1) / kWide, pairs, kWide, 2}, from.scalar_type());
+  packed.zero_();
   const auto* w = from.const_data_ptr<at::BFloat16>();
   auto* to = packed.mutable_data_ptr<at::BFloat16>();
   for (int64_t n = 0; n < width; ++n)
@@ -113,7 +114,7 @@ at::Tensor small_linear(const at::Tensor& x_, const at::Tensor& weight, const at
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.size(-1) == inner, "x must be bfloat16 [..., ", inner, "]");
   auto shape = x.sizes().vec();
   shape.back() = width;
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());  // at::empty asks around first
   const at::Tensor offsets = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const Problem p{x.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(),
                   bias ? offsets.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<at::BFloat16>(),
@@ -136,4 +137,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("pack_linear", &pack_linear);
   library.impl("small_linear", &small_linear);
 }
+
+// No gradient is ever asked for: without this, every call is looked at for one.
+TORCH_LIBRARY_IMPL(dspark, Autograd, library) { library.impl("small_linear", torch::CppFunction::makeFallthrough()); }
 #endif
