@@ -36,8 +36,13 @@ def test_the_ratio_of_neighbours_is_found_on_a_wandering_machine():
     """Drafted steps take three times as long as plain ones: half as much again as believed."""
     rng, pairs = np.random.default_rng(0), SideBySide()
     for i in range(600):
-        speed = np.exp(np.sin(i / 100)) * rng.lognormal(0, 0.05) * (5 if i % 97 == 0 else 1)
-        pairs.observe(step(0 if i % 10 == 0 else 8, speed * (5e-3 if i % 10 == 0 else 15e-3)))
+        speed = (
+            np.exp(np.sin(i / 100))
+            * rng.lognormal(0, 0.05)
+            * (5 if i % 97 == 0 else 1)
+            * (2 if i % 10 in (0, 2) else 1)
+        )  # a change costs
+        pairs.observe(step(0 if i % 10 < 2 else 8, speed * (5e-3 if i % 10 < 2 else 15e-3)))
     assert pairs.num_pairs(8, 8) == 12
     assert pairs.excess(Believed(), LOAD, 8) == pytest.approx(1.5, rel=0.08)
     assert pairs.excess(Believed(), LOAD, 1) == 1.0 and pairs.num_pairs(32, 32) == 0
@@ -46,7 +51,7 @@ def test_the_ratio_of_neighbours_is_found_on_a_wandering_machine():
 def test_shares_of_the_requests_are_told_apart():
     pairs = SideBySide()
     for i in range(60):
-        asked = (0, 8, 0, 2)[i % 4]
+        asked = (0, 8, 0, 2)[i // 2 % 4]
         pairs.observe(step(asked, {0: 5e-3, 8: 20e-3, 2: 5e-3}[asked]))
     assert pairs.excess(Believed(), LOAD, 8) > 1.8 and pairs.excess(Believed(), LOAD, 2) < 0.6
 
@@ -63,15 +68,14 @@ def test_shares_of_the_requests_are_told_apart():
 def test_steps_that_are_not_alike_are_not_compared(other):
     pairs = SideBySide()
     for _ in range(10):
-        pairs.observe(step(0, 5e-3))
-        pairs.observe(other)
+        for neighbour in (step(0, 5e-3), other):
+            pairs.observe(neighbour)
+            pairs.observe(neighbour)
     assert pairs.num_pairs(8, 8) == 0
 
 
 def test_what_lies_far_apart_is_not_compared():
     pairs = SideBySide()
-    pairs.observe(step(0, 5e-3))
-    for _ in range(20):
-        pairs.observe(step(8, 1.0, prompt_tokens=10))
-    pairs.observe(step(8, 15e-3))
+    for far in [step(0, 5e-3)] * 2 + [step(8, 1.0, prompt_tokens=10)] * 20 + [step(8, 15e-3)] * 2:
+        pairs.observe(far)
     assert pairs.num_pairs(8, 8) == 0

@@ -7,6 +7,7 @@ open ("the draft is always paid for", section 6).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,13 +35,13 @@ class GuardSettings:
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
-    reconsider_every  steps between decisions while the number of requests is the same
+    reconsider_every  steps between decisions while there are about as many requests; eight times as many while it is off
     """
 
     min_observations: int = 24
-    stop_below: float = 0.98
-    start_above: float = 1.02
-    probe_share: float = 0.004
+    stop_below: float = 1.0
+    start_above: float = 1.04
+    probe_share: float = 0.002
     plain_every: int = 200
     num_remembered: int = 24
     half_life: float = 8.0
@@ -52,9 +53,8 @@ _MOST_REQUESTS = 4096
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
-_SOON, _LATER = 4, 40  # drafted steps before a plain one until then
+_SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
-_CLEAR = 1.25  # so much faster than plain decoding is faster even if that has been timed only once
 _TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
 
 
@@ -93,9 +93,10 @@ class Guard:
         self._probed: set[int] = set()
         self._chosen: set[int] | None = None  # None: all
         self._num_chosen = 1
-        self._decided_for: tuple[int, bool] = (0, False)
+        self._decided_for: int | None = None  # about so many requests
         self._decided_at = self._now = 0
         self._last_plain = self._last_probe = 0
+        self._measured = -1  # when plain steps were last taken to be timed
 
     def choose(self, request_ids: Sequence[int], load: Load) -> list[int]:
         """Places in request_ids to draft for; `reason` says why others are not, if any."""
@@ -149,22 +150,29 @@ class Guard:
         self._lately.append((self._now, row))
 
     def _needs_plain_step(self, load: Load) -> bool:
+        """Two at a time: the first one after drafts finds nothing it needs in the processor's caches."""
         if load.num_prompt_tokens:
             return False
+        if self._now == self._measured + 1:
+            return True
         if self.side_by_side.num_pairs(load.num_requests, self._num_chosen) < _FEW:
-            spacing: float = _LATER if self._advantage > _CLEAR else _SOON
+            spacing: float = _SOON
         else:
-            lost = (self._advantage - 1) / self._length  # of a drafted step's seconds, by a plain one in its place
+            lost = 2 * (self._advantage - 1) / self._length  # of a drafted step's seconds, by two plain ones
             spacing = min(max(lost / self.settings.probe_share, _SOONEST), self.settings.plain_every)
-        return self._now - self._last_plain > spacing
+        if self._now - self._last_plain > spacing:
+            self._measured = self._now
+            return True
+        return False
 
     def _is_due(self, load: Load) -> bool:
-        state = (load.num_requests, bool(load.num_prompt_tokens))
-        return self._decided_for != state or self._now - self._decided_at >= self.settings.reconsider_every
+        """A decision costs about as much as a tenth of a small step, and while nothing is drafted little is learned."""
+        every = self.settings.reconsider_every if self.is_drafting else 8 * self.settings.reconsider_every
+        return self._decided_for != _about(load.num_requests) or self._now - self._decided_at >= every
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
-        self._decided_for = (load.num_requests, bool(load.num_prompt_tokens))
+        self._decided_for = _about(load.num_requests)
         self._decided_at = self._now
         samples = self._samples(request_ids)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")
@@ -244,7 +252,7 @@ class Guard:
         """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
         left_out = range(len(request_ids)) if left_out is None else left_out
         if self._now == self._last_probe + 1:  # what the first step of a probe takes is spent on reading what piled up
-            self._decided_for = (0, False)  # decide again with what it shows
+            self._decided_for = None  # decide again with what it shows
             return [b for b in left_out if request_ids[b] in self._probed]
         plain = seconds_of_step(self.capacity, load, 0)[0]
         if self._now - self._last_probe < 2 * self._probe_loss / (self.settings.probe_share * plain):
@@ -255,6 +263,10 @@ class Guard:
         rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
         self._probed = {request_ids[b] for b in rows}
         return rows
+
+
+def _about(num_requests: int) -> int:
+    return round(2 * math.log2(num_requests))
 
 
 def _num_probed(num_left_out: int) -> int:

@@ -49,7 +49,9 @@ class SideBySide:
     def __init__(self) -> None:
         self._pairs: dict[_Kind, deque[_Pair]] = {}
         self._kind: _Kind | None = None  # of the last steps
-        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)
+        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for the first
+        self._before: tuple[_Kind | None, deque[_Step]] = (None, deque())  # the run of another kind before this one
+        self._is_first = True  # the next step is the first of the run
         self._now = 0
 
     def observe(self, record: StepRecord) -> None:
@@ -62,10 +64,14 @@ class SideBySide:
             return
         kind, step = _kind(n, record.num_asked), _Step(self._now, record.num_tokens, record.num_asked, seconds)
         if kind != self._kind:
-            if self._kind is not None and self._now - self._run[-1].now <= _NEIGHBOURS:
-                self._compare(self._kind, list(self._run), kind, [step])
-            self._run.clear()
-        self._kind = kind
+            self._kind, self._before, self._run = kind, (self._kind, self._run), deque(maxlen=_LONGEST_RUN)
+            self._is_first = True
+            return  # after steps of another kind the first one finds nothing it needs in the caches
+        if self._is_first:
+            self._is_first = False
+            other, steps = self._before
+            if other is not None and steps and self._now - steps[-1].now <= _NEIGHBOURS:
+                self._compare(other, list(steps), kind, [step])
         self._run.append(step)
 
     def num_pairs(self, num_requests: int, num_asked: int) -> int:
@@ -100,7 +106,7 @@ class SideBySide:
 
 def _kind(num_requests: int, num_asked: int) -> _Kind:
     halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
-    return _Kind(round(4 * math.log2(num_requests)), halvings)
+    return _Kind(round(2 * math.log2(num_requests)), halvings)
 
 
 def _median(steps: list[_Step]) -> float:

@@ -99,6 +99,7 @@ class BlockDrafter:
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
         self._graph: Callable[[Step, Tensor], tuple[Tensor, Tensor | None]] | None = None
+        self._built: set[tuple[bool, torch.Size]] = set()  # steps that the graph has been called for
 
     def compile(self) -> None:
         """Compile the usual step (the coupled rule with a plain temperature): a graph for one request, one for more.
@@ -256,12 +257,16 @@ class BlockDrafter:
         step = step._replace(**{n: getattr(step, n).clone() for n in ("features", "positions", "rows", "slots")})
         shape = (batch, self.length, self.model.config.vocab_size)
         noise = noise if noise.shape == shape else noise.expand(shape).contiguous()
+        kind = (batch > 1, step.keys[0].shape)
+        if kind in self._built:
+            return self._graph(step, noise)
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
         if batch > 1:
             for tensor in (*step[:7], step.mask, noise):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        self._built.add(kind)
         with frozen_weights(self.device):
             return self._graph(step, noise)
 

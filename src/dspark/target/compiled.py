@@ -115,7 +115,12 @@ class CompiledForward:
                 plan=Plan(write, [group]),
                 kv_cache=_Storage(storage_of, pairs, shared),
             )
-            return output.logits[0], torch.cat(captured, -1) if captured else None
+            features = torch.cat(captured, -1) if captured else None
+            for place in range(
+                len(captured)
+            ):  # what is left in the list would be handed out of the graph, piece by piece
+                captured[place] = None
+            return output.logits[0], features
 
         # The compiler keeps graphs by code object, and only a few for each: give every graph one of its own.
         code = step.__code__.replace(co_name=f"step_{id(self)}_{kind.replace(' ', '_')}")
