@@ -74,6 +74,16 @@ def test_steps_that_are_not_alike_are_not_compared(other):
     assert pairs.num_pairs(8, 8) == 0
 
 
+def test_prompts_in_between_are_stepped_over():
+    """Where requests are short, hardly two steps follow each other without a prompt being read."""
+    pairs = SideBySide()
+    for i in range(40):
+        pairs.observe(step(0 if i % 4 == 0 else 8, 5e-3 if i % 4 == 0 else 15e-3))
+        pairs.observe(step(8, 1.0, prompt_tokens=10))
+    assert pairs.num_pairs(8, 8) == 12
+    assert pairs.excess(Believed(), LOAD, 8) == pytest.approx(1.5, rel=0.08)
+
+
 def test_what_lies_far_apart_is_not_compared():
     pairs = SideBySide()
     for far in [step(0, 5e-3)] * 2 + [step(8, 1.0, prompt_tokens=10)] * 20 + [step(8, 15e-3)] * 2:

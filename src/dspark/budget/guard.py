@@ -107,6 +107,7 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
+        load = _without_prompts(load)  # they are read whatever is decided, and the next step may have none
         if self._is_due(load):
             self._decide(request_ids, load)
         if not self.is_drafting:
@@ -263,6 +264,11 @@ class Guard:
         rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
         self._probed = {request_ids[b] for b in rows}
         return rows
+
+
+def _without_prompts(load: Load) -> Load:
+    num_decoding = load.base_tokens - load.num_prompt_tokens
+    return replace(load, base_tokens=num_decoding, num_requests=num_decoding, num_prompt_tokens=0)
 
 
 def _about(num_requests: int) -> int:

@@ -49,9 +49,10 @@ class SideBySide:
     def __init__(self) -> None:
         self._pairs: dict[_Kind, deque[_Pair]] = {}
         self._kind: _Kind | None = None  # of the last steps
-        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for the first
+        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for one right after another kind
         self._before: tuple[_Kind | None, deque[_Step]] = (None, deque())  # the run of another kind before this one
         self._is_first = True  # the next step is the first of the run
+        self._last = -1  # when the last step was taken in
         self._now = 0
 
     def observe(self, record: StepRecord) -> None:
@@ -63,10 +64,12 @@ class SideBySide:
         if load is None or load.num_prompt_tokens or not n or not seconds > 0 or not is_usual:
             return
         kind, step = _kind(n, record.num_asked), _Step(self._now, record.num_tokens, record.num_asked, seconds)
+        is_next, self._last = self._now == self._last + 1, self._now
         if kind != self._kind:
             self._kind, self._before, self._run = kind, (self._kind, self._run), deque(maxlen=_LONGEST_RUN)
             self._is_first = True
-            return  # after steps of another kind the first one finds nothing it needs in the caches
+            if is_next:
+                return  # right after another kind a step finds nothing it needs in the caches
         if self._is_first:
             self._is_first = False
             other, steps = self._before
