@@ -12,7 +12,7 @@ from cli.command import PAIR, is_one_line_error, run, run_json
 from dspark import load_drafter, load_target
 from dspark.budget.calibration import Calibration
 
-QUESTIONS = [f"Tom has {n} apples and buys {n + 3} more. How many apples has he?" for n in range(5, 29)]
+QUESTIONS = [f"Tom has {n} apples and buys {n + 3} more. How many apples has he?" for n in range(5, 45)]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_drafter_is_calibrated_and_stays_so(capsys: pytest.CaptureFixture[str]
     result = run_json(capsys, "calibrate", *options)
     stored = Calibration.load(drafter / "calibration.json")
     assert stored.temperatures == tuple(result["calibrations"]["affine"]["temperatures"])
-    assert stored.origin is not None and stored.origin.num_prompts == stored.origin.num_held_out_prompts == 12
+    assert stored.origin is not None and stored.origin.num_prompts == stored.origin.num_held_out_prompts == 20
     assert Calibration.load(drafter / "sts.json").offsets == ()
     assert load_drafter(str(drafter), target).calibration == stored  # type: ignore[attr-defined]
     assert result["judged"]["held out"]["raw"]["num_rounds"] == stored.origin.num_held_out_rounds > 100
