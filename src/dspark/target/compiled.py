@@ -116,9 +116,8 @@ class CompiledForward:
                 kv_cache=_Storage(storage_of, pairs, shared),
             )
             features = torch.cat(captured, -1) if captured else None
-            for place in range(
-                len(captured)
-            ):  # what is left in the list would be handed out of the graph, piece by piece
+            # What is left in the list would be handed out of the graph, piece by piece.
+            for place in range(len(captured)):
                 captured[place] = None
             return output.logits[0], features
 
