@@ -101,9 +101,9 @@ class Pair:
         return tuple(state[0] for state in states)
 
     def poison_unused_slots(self) -> None:
-        """Fill every slot that no request owns with NaN."""
+        """Fill every slot that no request owns with NaN, the scratch slot too."""
         cache = self.target.cache
-        unused = torch.ones(cache.num_allocated, dtype=torch.bool)
+        unused = torch.ones(cache.num_allocated + 1, dtype=torch.bool)
         for request in cache.request_ids:
             unused[torch.from_numpy(cache.slots_of(request).copy())] = False
         for pair in cache.storage.values():

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dspark.types import Span
+from target.tape import RunAgain
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
 
@@ -59,6 +60,19 @@ def test_steady_state_compiles_nothing(make_pair: Callable[..., Any]) -> None:
                 torch.testing.assert_close(compiled.logits, eager.logits, atol=2e-5, rtol=0)
                 torch.testing.assert_close(compiled.features[:, :32], eager.features, atol=2e-5, rtol=0)
             target.cache.check()
+        target.capture(RunAgain(), layers)  # as on CUDA: the same graphs over padded inputs
+        for request in target.cache.request_ids:
+            target.release(request)
+        for sizes in ((5,), (1,), (3,), (2, 7, 1), (1, 1)):
+            spans = [
+                Span(r, target.cache.length(r), texts[r][target.cache.length(r) :][:n], num_logits=n)
+                for r, n in enumerate(sizes)
+            ]
+            found = target.extend(spans, layers).logits.split(list(sizes))
+            for span, piece in zip(spans, found, strict=True):
+                end = span.start + len(span.tokens)
+                expected = pair.logits(texts[span.request_id][:end])[span.start :]
+                torch.testing.assert_close(piece, expected, atol=2e-5, rtol=0)
     assert counters["stats"]["unique_graphs"] == 3
 
 

@@ -79,7 +79,7 @@ def test_resize_gives_memory_back_and_wants_an_empty_cache() -> None:
         cache.resize(10)
     cache.release(1)
     cache.resize(10)
-    assert [tuple(tensor.shape) for tensor in cache.storage[3]] == [(10, 2, 4), (10, 2, 6)]
+    assert [tuple(tensor.shape) for tensor in cache.storage[3]] == [(11, 2, 4), (11, 2, 6)]
     assert cache.num_free_slots == 10
 
 

@@ -44,6 +44,7 @@ class CompiledForward:
         self, model: nn.Module, layers: nn.ModuleList, cache: KVCache, feature_layers: tuple[int, ...]
     ) -> None:
         self.feature_layers = feature_layers
+        self.reads_on = next(model.parameters()).device  # where inputs have to be
         self._cache = cache
         self._captured: list[Any] = [None] * len(feature_layers)
         packed = with_packed_linears(model)
@@ -106,7 +107,7 @@ class CompiledForward:
         ) -> tuple[Tensor, Tensor | None]:
             for tensor in (tensor for pair in pairs for tensor in pair):  # one size instead of one for each
                 torch._check(tensor.shape[0] == pairs[0][0].shape[0])
-            group = Group(slots, Visibility(starts, queries, inside, slots.shape[1]), rows, back, sees_all=is_alone)
+            group = Group(slots, Visibility(starts, queries, inside, slots.shape[1]), rows, back)
             output = model(
                 input_ids=ids,
                 position_ids=positions,

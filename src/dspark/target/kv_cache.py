@@ -58,14 +58,16 @@ class KVCache:
     """Slots of all requests, and the tensors behind them. Requests that begin alike may share slots.
 
     limit    slots at most, over all requests; memory grows towards it as slots are used
-    storage  by layer index: keys [slots allocated, KV, D] and values [slots allocated, KV, D of values]
+    storage  by layer index: keys [slots allocated + 1, KV, D] and values [slots allocated + 1, KV, D of values]
     shared   {layer: the earlier layer whose keys and values it attends to}; such a layer has no storage
+    num_moves  how often the tensors in `storage` were replaced by others
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.storage: dict[int, tuple[Tensor, Tensor]] = {}
         self.shared: dict[int, int] = {}
+        self.num_moves = 0
         self._owned: dict[int, _SlotList] = {}
         self._free: list[int] = []  # a stack of slots that were used before
         self._num_touched = 0  # slots from here on have never been handed out
@@ -85,6 +87,11 @@ class KVCache:
     @property
     def num_allocated(self) -> int:
         """Slots that have memory behind them, or will have at a layer's first write."""
+        return self._num_allocated
+
+    @property
+    def scratch(self) -> int:
+        """The last slot of `storage`, which no request ever gets: what padding writes goes there."""
         return self._num_allocated
 
     @property
@@ -187,6 +194,7 @@ class KVCache:
         self.limit, self._free, self._num_touched = limit, [], 0
         self._num_owners = np.zeros(limit, dtype=np.int32)
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
+        self.num_moves += 1
         for layer, (keys, values) in self.storage.items():
             self.storage[layer] = (self._empty_like(keys), self._empty_like(values))
 
@@ -194,8 +202,8 @@ class KVCache:
         """The layer's storage, made on first use to fit keys [.., KV, T, D] and values [.., KV, T, D of values]."""
         if layer not in self.storage:
             self.storage[layer] = (
-                keys.new_zeros(self._num_allocated, keys.shape[-3], keys.shape[-1]),
-                values.new_zeros(self._num_allocated, values.shape[-3], values.shape[-1]),
+                keys.new_zeros(self._num_allocated + 1, keys.shape[-3], keys.shape[-1]),
+                values.new_zeros(self._num_allocated + 1, values.shape[-3], values.shape[-1]),
             )
         return self.storage[layer]
 
@@ -213,16 +221,17 @@ class KVCache:
         assert self._num_touched <= self._num_allocated <= self.limit, "more slots in use than there is memory for"
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
-        return tensor.new_zeros(self._num_allocated, *tensor.shape[1:])
+        return tensor.new_zeros(self._num_allocated + 1, *tensor.shape[1:])
 
     def _grow(self, needed: int) -> None:
         previous = self._num_allocated
         while self._num_allocated < needed:
             self._num_allocated = min(2 * self._num_allocated, self.limit)
+        self.num_moves += 1
         for layer, pair in self.storage.items():
             grown = tuple(self._empty_like(tensor) for tensor in pair)
             for new, old in zip(grown, pair, strict=True):
-                new[:previous].copy_(old)
+                new[:previous].copy_(old[:previous])
             self.storage[layer] = (grown[0], grown[1])
 
 

@@ -182,10 +182,17 @@ def in_short_pieces(spans: Sequence[Span]) -> list[Span]:
 
 
 def make_plan(
-    spans: Sequence[Span], inputs: Inputs, cache: KVCache, device: torch.device, for_graph: bool = False
+    spans: Sequence[Span],
+    inputs: Inputs,
+    cache: KVCache,
+    device: torch.device,
+    graph_device: torch.device | None = None,
 ) -> Plan:
-    """for_graph: a compiled graph will run this if it can, so leave nothing out that it takes."""
-    for_graph = for_graph and len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
+    """graph_device: a graph that reads its inputs there will run this if it can, so leave nothing out that it takes."""
+    is_short = len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
+    for_graph = graph_device is not None and is_short
+    if graph_device is not None and is_short:
+        device = graph_device
     groups = [_plan_group(spans, inputs, members, cache, device, for_graph) for members in inputs.groups]
     is_for_graph = for_graph and groups[0].slots.shape[1] > 1
     return Plan(torch.from_numpy(inputs.write).to(device), groups, is_for_graph)

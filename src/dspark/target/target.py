@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dspark.errors import InvalidConfiguration, OutOfSlots
 from dspark.target import attention, kernels, native
+from dspark.target.captured import CapturedForward, GraphRecorder, Outputs, Recorder
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
@@ -67,7 +69,9 @@ class Target:
         self.end_token_ids = _end_token_ids(model, tokenizer)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.is_deterministic = False
-        self._compiled: dict[tuple[int, ...], CompiledForward] = {}  # by feature layers
+        # By feature layers: what runs short forwards instead of transformers' own way.
+        self._compiled: dict[tuple[int, ...], CompiledForward | CapturedForward] = {}
+        self._recorder: Recorder | None = None
         if self.device.type == "cuda":
             kernels.load_triton()
         model.eval()
@@ -107,12 +111,15 @@ class Target:
             pieces = in_short_pieces(spans) if self.is_deterministic else spans
             inputs = read_spans(pieces, write)
             compiled = self._compiled.get(feature_layers)
-            plan = make_plan(pieces, inputs, self.cache, self.device, compiled is not None)
+            reads_on = None if compiled is None else compiled.reads_on
+            plan = make_plan(pieces, inputs, self.cache, self.device, reads_on)
+            run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
+            if compiled is not None and compiled.takes(plan, len(inputs.logit_rows)):
+                run = compiled
+            elif plan.write.device != self.device:
+                plan = make_plan(pieces, inputs, self.cache, self.device)
             arrays = (inputs.token_ids, inputs.positions, inputs.logit_rows)
-            token_ids, positions, logit_rows = (torch.from_numpy(array).to(self.device) for array in arrays)
-            if compiled is not None and compiled.takes(plan, len(logit_rows)):
-                return Extension(*compiled(token_ids, positions, logit_rows, plan))
-            return self._eager(token_ids, positions, logit_rows, plan, feature_layers)
+            return Extension(*run(*(torch.from_numpy(array).to(plan.write.device) for array in arrays), plan))
         except BaseException:
             for span in spans:
                 self.cache.keep(span.request_id, span.start, ())
@@ -120,7 +127,7 @@ class Target:
 
     def _eager(
         self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan, feature_layers: tuple[int, ...]
-    ) -> Extension:
+    ) -> Outputs:
         with captured_outputs(self.layers, feature_layers) as captured:
             output = self.model(
                 input_ids=token_ids[None],
@@ -131,7 +138,7 @@ class Target:
                 kv_cache=self.cache,
             )
         self.windows.update(plan.windows)
-        return Extension(output.logits[0], torch.cat(captured, -1) if feature_layers else None)
+        return output.logits[0], torch.cat(captured, -1) if feature_layers else None
 
     def _reserve(self, spans: Sequence[Span]) -> np.ndarray:
         needed = sum(len(span.tokens) for span in spans)
@@ -148,7 +155,7 @@ class Target:
         return self.cache.reserve_many([(span.request_id, len(span.tokens)) for span in spans])
 
     def compile(self, feature_layers: tuple[int, ...] = (), num_requests: int = 2) -> bool:
-        """Compile the forwards whose spans are all short, ahead of time. Returns whether that worked.
+        """Compile the forwards whose spans are all short, ahead of time; on CUDA record them too. Returns whether it worked.
 
         Takes tens of seconds and a C++ compiler (CPU) or Triton (GPU). feature_layers as they will be asked for; other
         forwards run eagerly. num_requests: 1 spares the graph for several requests at once. Later changes of the
@@ -177,7 +184,16 @@ class Target:
             for request in self.cache.request_ids:
                 self.release(request)
         _log.info("compiling %s took %.1f s", self.name, time.perf_counter() - start)
+        if self.device.type == "cuda":
+            self._recorder = self._recorder or GraphRecorder(self.device)
+            self.capture(self._recorder, feature_layers)
         return feature_layers in self._compiled
+
+    def capture(self, record: Recorder, feature_layers: tuple[int, ...] = ()) -> None:
+        """Record short forwards at each size's first use and replay them from then on: compiled ones where they are."""
+        forward = self._compiled.get(feature_layers) or partial(self._eager, feature_layers=feature_layers)
+        assert not isinstance(forward, CapturedForward), "recorded already"
+        self._compiled[feature_layers] = CapturedForward(forward, self.cache, self.device, record)
 
     def _warm_up(self, feature_layers: tuple[int, ...], num_requests: int) -> None:
         """Run each graph once, with sizes that all differ: equal ones would be taken for the same."""
