@@ -46,7 +46,7 @@ class NoiseAhead:
 
 
 def test_forwards_and_drafts_ask_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel_for(query, num_queries):
+    def kernel_for(query, num_queries, in_fixed_order=False):
         return attended_shape
 
     monkeypatch.setattr(attention, "kernel_for", kernel_for)

@@ -9,8 +9,9 @@ from target.test_kernels import Case, Kernel
 
 pytest.importorskip("triton")
 
-from dspark.target import kernels, triton_attention
-from dspark.target.triton_attention import Tiling
+from dspark.target import kernels, tilings, triton_attention
+from dspark.target.tilings import Geometry, Shape, Tiling
+from dspark.target.triton_tuning import attention_of
 
 
 @pytest.fixture
@@ -28,8 +29,32 @@ def test_more_splits_than_are_added_at_a_time(kernel: Kernel, monkeypatch: pytes
 @pytest.mark.parametrize(("start", "window"), [(0, None), (81, 25)])
 def test_prompt_chunks(kernel: Kernel, start: int, window: int | None) -> None:
     case = Case([start], [23], torch.bfloat16, width=16, value_width=16)
-    assert triton_attention.tiling_for(23, 32) is triton_attention.LONG_SPANS
+    assert triton_attention.tiling_for(23, 32) is tilings.LONG_SPANS
     case.assert_equal(kernel, window=window)
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 1, 140), Shape(2, 8, 70), Shape(1, 20, 40)])
+def test_tilings_differ_in_speed_only(kernel: Kernel, shape: Shape) -> None:
+    call = attention_of(Geometry(2, 1, 16, 24, "float32"), shape, torch.device(kernel.device))
+    expected = call(Tiling(16, 64, 256))
+    assert expected.shape == (shape.requests * shape.queries, 2, 24) and expected.std() > 0.05
+    for tiling in (Tiling(32, 32, 64, num_warps=8), Tiling(64, 128, 0, num_stages=4)):
+        torch.testing.assert_close(call(tiling), expected, atol=2e-6, rtol=0)
+
+
+def test_what_is_known_to_be_fast_is_taken_unless_the_order_is_fixed(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, taken = Case([40, 7], [2, 2], torch.float32, width=16, value_width=16), []
+    fast = Tiling(16, 16, 32)
+    monkeypatch.setattr(tilings, "known", {Geometry(6, 2, 16, 16, "float32"): {Shape(1, 1, 512): fast}})
+    attend_in = triton_attention.attend_in
+    monkeypatch.setattr(triton_attention, "attend_in", lambda t, *rest: taken.append(t) or attend_in(t, *rest))
+    assert kernels.load_triton()
+    for attend_slots in (kernels.tuned_on_cuda, kernels.on_cuda):
+        kernel.attend_slots = attend_slots
+        case.assert_equal(kernel)
+    assert taken == [fast, tilings.SHORT_SPANS]
 
 
 def test_compilers_know_its_shape_without_running_it(kernel: Kernel) -> None:

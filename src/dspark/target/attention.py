@@ -56,7 +56,8 @@ def slot_attention(
     flat = query[0].transpose(0, 1)  # [T, H, D]
     output: Tensor | None = None
     for group in plan.groups:
-        attended = _attend_group(flat, keys, values, group, scaling, sliding_window, softcap, s_aux)
+        arguments = (flat, keys, values, group, scaling, sliding_window, softcap, s_aux)
+        attended = _attend_group(*arguments, plan.in_fixed_order)
         if group.tokens is None:
             return attended[None], None
         if output is None:
@@ -75,10 +76,11 @@ def _attend_group(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    in_fixed_order: bool = False,
 ) -> Tensor:
     """flat [T, H, D] -> [T', H, Dv] of the group's real tokens."""
     batch, num_queries = group.shape
-    attend_slots = kernel_for(flat, num_queries)
+    attend_slots = kernel_for(flat, num_queries, in_fixed_order)
     if attend_slots is not None:
         seen = group.visibility
         places = (group.slots, seen.starts, seen.positions, seen.inside, group.rows, group.back)

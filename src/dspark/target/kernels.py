@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark.target import native
 from dspark.target.plan import SHORT
+from dspark.target.tilings import geometry_of
 
 AttendSlots = Callable[..., Tensor]
 """(query, keys, values, slots, starts, positions, inside, rows, back, scale, window, softcap, sinks) -> [T', H, Dv]"""
@@ -21,24 +22,39 @@ _log = logging.getLogger(__name__)
 IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 on_cuda: AttendSlots | None = None  # once `load_triton` has succeeded
+tuned_on_cuda: AttendSlots | None = None  # then too: faster, in an order of sums that depends on the batch
 
 
-def kernel_for(query: Tensor, num_queries: int) -> AttendSlots | None:
+def kernel_for(query: Tensor, num_queries: int, in_fixed_order: bool = False) -> AttendSlots | None:
     """The kernel for spans of up to `num_queries` tokens and such queries, or None."""
     if query.device.type == "cpu":
         return native.attend_slots if num_queries <= SHORT else None
-    if query.device.type == "cuda":
-        return on_cuda if query.dtype in IN_TRITON else None
+    if query.device.type == "cuda" and query.dtype in IN_TRITON:
+        return on_cuda if in_fixed_order else tuned_on_cuda
     return None
 
 
 @cache
 def load_triton() -> bool:
     """Make the kernel for CUDA available. Whether it worked."""
-    global on_cuda
+    global on_cuda, tuned_on_cuda
     try:
-        on_cuda = importlib.import_module("dspark.target.triton_attention").attend_slots
+        module = importlib.import_module("dspark.target.triton_attention")
     except ImportError as error:
         _log.warning("attention runs without its Triton kernel: %s", error)
         return False
+    on_cuda, tuned_on_cuda = module.attend_slots, module.attend_tuned
     return True
+
+
+def tune(heads: int, storage: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Find the fastest tilings of layers with so many heads and such keys and values on CUDA: about a minute, once per card.
+
+    From then on all of this process use them but deterministic targets.
+    """
+    if not load_triton():
+        return
+    tuning = importlib.import_module("dspark.target.triton_tuning")
+    for keys, values in storage:
+        if keys.dtype in IN_TRITON:
+            tuning.tune(geometry_of(heads, keys, values), keys.device)

@@ -91,11 +91,13 @@ class Plan:
     write [T]       slot that each token's keys and values go to
     windows         sliding windows that layers asked for
     is_for_graph    one group of short spans, with all the arrays that the compiled graphs take
+    in_fixed_order  a token's sums must not depend on the batch
     """
 
     write: Tensor
     groups: list[Group]
     is_for_graph: bool = False
+    in_fixed_order: bool = False
     windows: set[int] = field(default_factory=set)
 
 

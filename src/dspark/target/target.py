@@ -118,6 +118,7 @@ class Target:
                 run = compiled
             elif plan.write.device != self.device:
                 plan = make_plan(pieces, inputs, self.cache, self.device)
+            plan.in_fixed_order = self.is_deterministic
             arrays = (inputs.token_ids, inputs.positions, inputs.logit_rows)
             return Extension(*run(*(torch.from_numpy(array).to(plan.write.device) for array in arrays), plan))
         except BaseException:
@@ -174,6 +175,8 @@ class Target:
             native.load()
         try:
             self.extend([Span(-1, 0, (0, 0, 0))], feature_layers)
+            if self.device.type == "cuda":
+                kernels.tune(self.config.num_attention_heads, self.cache.storage.values())
             self._compiled[feature_layers] = CompiledForward(self.model, self.layers, self.cache, feature_layers)
             self._warm_up(feature_layers, num_requests)
         except RuntimeError as error:  # the compiler's own errors all derive from it

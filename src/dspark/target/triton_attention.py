@@ -2,7 +2,8 @@
 
 Two passes. The first cuts the keys of every request into splits and attends each on its own, so that a long context
 occupies the whole GPU; the second adds the splits up in their order. Splits and tiles begin at fixed key numbers and
-sums run in a fixed order, so a token gets the same bits alone, in a draft and beside other requests.
+sums run in a fixed order, so a token gets the same bits alone, in a draft and beside other requests: as long as the
+tiling is the same, which `attend_tuned` does not promise.
 
 Import it only where Triton is installed; `kernels.load_triton` does.
 """
@@ -10,45 +11,16 @@ Import it only where Triton is installed; `kernels.load_triton` does.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspark.target import tilings
 from dspark.target.native import attended_shape
-from dspark.target.plan import SHORT
+from dspark.target.tilings import Shape, Tiling, geometry_of, tiling_for
 
 _AT_ONCE = tl.constexpr(16)  # splits that the second pass adds at a time: fixed, because it is part of the order
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut. Another tiling gives other bits, so it must not depend on what else is in a batch.
-
-    rows   query heads that share keys, worked on together; at least 16 for tensor cores
-    keys   keys in a tile of the running softmax
-    split  keys of one program, a multiple of `keys`; 0: all of them
-    """
-
-    rows: int
-    keys: int
-    split: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-
-SHORT_SPANS = Tiling(rows=16, keys=64, split=256)  # decoding and verifying: bound by reading keys and values
-LONG_SPANS = Tiling(rows=64, keys=64, split=0)  # prompt chunks: enough queries to occupy the GPU without splits
-WIDE_SPANS = Tiling(rows=16, keys=32, split=256)  # more than 256 bytes in a key: shared memory holds fewer of them
-
-
-def tiling_for(num_queries: int, bytes_per_key: int) -> Tiling:
-    """By the span and the model alone, never by the batch."""
-    if bytes_per_key > 256:
-        return WIDE_SPANS
-    return SHORT_SPANS if num_queries <= SHORT else LONG_SPANS
 
 
 @triton.jit
@@ -218,16 +190,48 @@ def attend_slots(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    tuned: bool = False,
 ) -> Tensor:
     """query [T, H, D], keys [slots, KV, D], values [slots, KV, Dv] -> [T', H, Dv]; the rest as in plan.Group.
 
-    window 0, softcap 0 and sinks None mean none. One operator, so that torch.compile need not look inside.
+    window 0, softcap 0 and sinks None mean none. tuned: as was fastest for such a batch, so its bits depend on the batch.
+    One operator, so that torch.compile need not look inside.
     """
+    (batch, num_queries), width = positions.shape, max(query.shape[2], values.shape[2])
+    tiling = tiling_for(num_queries, width * query.element_size())
+    if tuned:
+        shape = Shape(batch, num_queries, slots.shape[1])
+        tiling = tilings.fastest_known(geometry_of(query.shape[1], keys, values), shape) or tiling
+    places = (slots, starts, positions, inside, rows, back)
+    return attend_in(tiling, query, keys, values, *places, scale, window, softcap, sinks)
+
+
+def attend_tuned(*arguments) -> Tensor:
+    """attend_slots, cut as is fastest for such a batch (tilings.py)."""
+    return attend_slots(*arguments, tuned=True)
+
+
+def attend_in(
+    tiling: Tiling,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    inside: Tensor | None,
+    rows: Tensor | None,
+    back: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """attend_slots in tiles of that kind."""
     assert keys.is_contiguous() and values.is_contiguous(), "keys and values are rows of slots"
     query, slots, starts, positions = (x.contiguous() for x in (query, slots, starts, positions))
     batch, num_queries = positions.shape
     num_heads, num_kv, width, value_width = query.shape[1], keys.shape[1], query.shape[2], values.shape[2]
-    tiling = tiling_for(num_queries, max(width, value_width) * query.element_size())
     split = tiling.split or triton.cdiv(slots.shape[1], tiling.keys) * tiling.keys
     num_splits = triton.cdiv(slots.shape[1], split)
     num_padded = batch * num_queries
