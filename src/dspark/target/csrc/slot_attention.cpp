@@ -15,13 +15,18 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int64_t kKeys = 64;  // keys in one block of the running softmax
-constexpr int64_t kLanes = 16;  // rows of queries that are worked on side by side
-constexpr int64_t kAtOnce = 8;  // keys in flight at once; divides kKeys
+constexpr int64_t kKeys = 64;   // keys in one block of the running softmax
+constexpr int64_t kLanes = 16;  // of them side by side in one register
 
 template <typename C>
 struct Problem {
@@ -45,13 +50,12 @@ inline bool sees(const int64_t* positions, const bool* inside, int64_t window, i
   return window == 0 || positions[n] - (within < 0 ? key : positions[within]) < window;
 }
 
-// Sixteen rows of queries side by side: one vector register of floats.
-template <typename C>
+template <typename T>
 struct LanesOf {
-  typedef C type __attribute__((vector_size(kLanes * sizeof(C)), aligned(alignof(C)), may_alias));
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));
 };
-template <typename C>
-using Lanes = typename LanesOf<C>::type;
+template <typename T>
+using Lanes = typename LanesOf<T>::type;
 
 // exp of x <= 0, lane by lane; -inf gives 0. The float form is good to about 1e-7.
 inline Lanes<double> power(Lanes<double> x) {
@@ -77,66 +81,166 @@ inline Lanes<float> power(Lanes<float> x) {
   return x > -87.0f ? y * scale : zero;
 }
 
+// All lanes in one, by halves.
+template <typename C, typename Both>
+inline C across(Lanes<C> lanes, Both both) {
+  C x[kLanes];
+  std::memcpy(x, &lanes, sizeof x);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) x[l] = both(x[l], x[l + half]);
+  return x[0];
+}
+
 template <typename S, typename C>
 inline void widen(const S* from, C* to, int64_t size) {
   for (int64_t d = 0; d < size; ++d) to[d] = static_cast<C>(from[d]);
 }
 
-// scores [count, lanes] = key [count, size] times query [size, lanes], added up in the order of `size` in every lane.
-// count is a multiple of kAtOnce.
-template <typename C>
-inline void score(const C* key, const Lanes<C>* query, Lanes<C>* scores, int64_t count, int64_t size) {
-  for (int64_t j = 0; j < count; j += kAtOnce) {
-    Lanes<C> sums[kAtOnce] = {};
-    for (int64_t d = 0; d < size; ++d)
-      for (int64_t i = 0; i < kAtOnce; ++i) sums[i] += key[(j + i) * size + d] * query[d];
-    for (int64_t i = 0; i < kAtOnce; ++i) scores[j + i] = sums[i];
+// What queries and keys are multiplied as: numbers of C, or pairs of bfloat16 where the processor takes them as they lie.
+template <typename S, typename C>
+struct Factors {
+  typedef C Word;
+  static constexpr int64_t kPerWord = 1;
+  static constexpr bool kAsTheyLie = std::is_same_v<S, C>;
+  static void read(const S* from, Word* to, int64_t width) { widen(from, to, width); }
+  static Lanes<C> add(Lanes<C> sums, Word query, Lanes<Word> keys) { return sums + query * keys; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Factors<at::BFloat16, float> {
+  typedef int32_t Word;
+  static constexpr int64_t kPerWord = 2;
+  static constexpr bool kAsTheyLie = true;
+  static void read(const at::BFloat16* from, Word* to, int64_t width) { std::memcpy(to, from, width * sizeof *from); }
+  static Lanes<float> add(Lanes<float> sums, Word query, Lanes<Word> keys) {
+    return (Lanes<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(query), (__m512bh)keys);
+  }
+};
+#endif
+
+// Of two rows that differ in one bit of their number, swap what differs in that bit of the lane.
+template <size_t kBit, typename V, size_t... L>
+inline void exchange(V& a, V& b, std::index_sequence<L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const V low = __builtin_shufflevector(a, b, (L & kBit ? L - kBit + kLanes : L)...);
+  const V high = __builtin_shufflevector(a, b, (L & kBit ? L + kLanes : L + kBit)...);
+#else
+  typedef Lanes<std::conditional_t<sizeof(V) == kLanes * sizeof(int32_t), int32_t, int64_t>> Places;
+  const V low = __builtin_shuffle(a, b, Places{(L & kBit ? L - kBit + kLanes : L)...});
+  const V high = __builtin_shuffle(a, b, Places{(L & kBit ? L + kLanes : L + kBit)...});
+#endif
+  a = low, b = high;
+}
+
+template <size_t kBit, typename V>
+inline void exchange_all(V* rows) {
+  for (size_t i = 0; i < kLanes; ++i)
+    if (!(i & kBit)) exchange<kBit>(rows[i], rows[i | kBit], std::make_index_sequence<kLanes>());
+}
+
+// kLanes rows of words -> to [words, kKeys], the rows side by side; words is a multiple of kLanes.
+template <typename W>
+inline void transpose(const W* const* rows, W* to, int64_t words) {
+  for (int64_t first = 0; first < words; first += kLanes) {
+    Lanes<W> x[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) std::memcpy(&x[i], rows[i] + first, sizeof x[i]);
+    exchange_all<1>(x), exchange_all<2>(x), exchange_all<4>(x), exchange_all<8>(x);
+    for (int64_t i = 0; i < kLanes; ++i) std::memcpy(to + (first + i) * kKeys, &x[i], sizeof x[i]);
   }
 }
 
-// sum [size] += one lane of the weights [count, lanes] times value [count, size], a strip of registers at a time.
+// scores [R, kKeys] of queries [R, words] with keys [words, kKeys]: each a sum over the words in their order.
+template <typename F, typename C, int R, int kGroups>
+inline void score(const typename F::Word* queries, const typename F::Word* keys, C* scores, int64_t words) {
+  Lanes<C> sums[R][kGroups] = {};
+  for (int64_t w = 0; w < words; ++w) {
+    const auto* own = reinterpret_cast<const Lanes<typename F::Word>*>(keys + w * kKeys);
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < kGroups; ++g) sums[r][g] = F::add(sums[r][g], queries[r * words + w], own[g]);
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * kKeys, sums[r], sizeof sums[r]);
+}
+
+template <typename F, typename C, int R>
+inline void score(const typename F::Word* queries, const typename F::Word* keys, C* scores, int64_t words, int64_t count) {
+  if (count > kKeys / 2) return score<F, C, R, kKeys / kLanes>(queries, keys, scores, words);
+  score<F, C, R, kKeys / kLanes / 2>(queries, keys, scores, words);
+}
+
+// Scores [kKeys] of one row, of which `count` count, into weights; by how much what came before them shrinks.
 template <typename C>
-inline void mix(const Lanes<C>* weights, int64_t lane, const C* value, C* sum, int64_t count, int64_t size) {
-  constexpr int64_t kStrip = 4 * kLanes;
-  const C* weight = reinterpret_cast<const C*>(weights) + lane;
+inline C soften(C* scores, int64_t count, C& top, C& mass) {
+  const C lowest = -std::numeric_limits<C>::infinity();
+  std::fill(scores + count, scores + kKeys, lowest);
+  Lanes<C>* own = reinterpret_cast<Lanes<C>*>(scores);
+  Lanes<C> most = own[0];
+  for (int64_t g = 1; g < kKeys / kLanes; ++g) most = own[g] > most ? own[g] : most;
+  const C highest = std::max(top, across<C>(most, [](C x, C y) { return x > y ? x : y; }));
+  const C finite = highest > lowest ? highest : C(0);  // a row that sees nothing yet
+  const C shrink = power(Lanes<C>{} + (top - finite))[0];
+  Lanes<C> sums = {};
+  for (int64_t g = 0; g < kKeys / kLanes; ++g) sums += own[g] = power(own[g] - finite);
+  top = highest;
+  mass = mass * shrink + across<C>(sums, [](C x, C y) { return x + y; });
+  return shrink;
+}
+
+// sums [R, size] += weights [R, kKeys] times values [count, size], a strip of registers at a time.
+template <typename C, int R, int kStrip>
+inline void mix_strip(const C* weights, const C* values, C* sums, int64_t count, int64_t size) {
+  Lanes<C> s[R][kStrip];
+  for (int r = 0; r < R; ++r) std::memcpy(s[r], sums + r * size, sizeof s[r]);
+  for (int64_t j = 0; j < count; ++j) {
+    const Lanes<C>* v = reinterpret_cast<const Lanes<C>*>(values + j * size);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kStrip; ++i) s[r][i] += weights[r * kKeys + j] * v[i];
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(sums + r * size, s[r], sizeof s[r]);
+}
+
+template <typename C, int R>
+inline void mix(const C* weights, const C* values, C* sums, int64_t count, int64_t size) {
   int64_t d = 0;
-  for (; d + kStrip <= size; d += kStrip) {
-    Lanes<C>* strip = reinterpret_cast<Lanes<C>*>(sum + d);
-    Lanes<C> s0 = strip[0], s1 = strip[1], s2 = strip[2], s3 = strip[3];
-    for (int64_t j = 0; j < count; ++j) {
-      const Lanes<C>* v = reinterpret_cast<const Lanes<C>*>(value + j * size + d);
-      const C w = weight[j * kLanes];
-      s0 += w * v[0], s1 += w * v[1], s2 += w * v[2], s3 += w * v[3];
-    }
-    strip[0] = s0, strip[1] = s1, strip[2] = s2, strip[3] = s3;
-  }
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t i = d; i < size; ++i) sum[i] += weight[j * kLanes] * value[j * size + i];
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) mix_strip<C, R, 4>(weights, values + d, sums + d, count, size);
+  for (; d < size; d += kLanes) mix_strip<C, R, 1>(weights, values + d, sums + d, count, size);
 }
 
-// All heads that share one key head, for one request: rows of queries in tiles of kLanes.
+// As many rows at once as registers hold: call(first row, their number as a constant).
+template <typename Call>
+inline void by_fours(int64_t num_rows, Call call) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) call(r, std::integral_constant<int, 4>());
+  if (r + 2 <= num_rows) call(r, std::integral_constant<int, 2>()), r += 2;
+  if (r < num_rows) call(r, std::integral_constant<int, 1>());
+}
+
+inline int64_t in_lanes(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// All heads that share one key head, for one request.
 template <typename S, typename C>
 void attend(
     const Problem<C>& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t group, int64_t num_heads, int64_t num_kv,
     int64_t width, int64_t value_width, const S* query, const S* keys, const S* values, S* output) {
-  const int64_t num_rows = static_cast<int64_t>(rows.query.size()) * group, num_tiles = (num_rows + kLanes - 1) / kLanes;
+  typedef Factors<S, C> F;
+  typedef typename F::Word W;
+  const int64_t num_rows = static_cast<int64_t>(rows.query.size()) * group;
   const int64_t start = p.starts[b], num_keys = start + static_cast<int64_t>(rows.query.size());
+  const int64_t words = in_lanes((width + F::kPerWord - 1) / F::kPerWord), size = in_lanes(value_width);
   const int64_t* slots = p.slots + b * p.num_slots;
   const int64_t* positions = p.positions + b * p.num_queries;
   const bool* inside = p.inside ? p.inside + b * p.num_queries * p.num_queries : nullptr;
   const C lowest = -std::numeric_limits<C>::infinity();
 
-  static thread_local std::vector<Lanes<C>> q, top, mass, weights(kKeys);
-  static thread_local std::vector<C> mixed, key, value;
-  q.resize(num_tiles * width), top.resize(num_tiles), mass.resize(num_tiles);
-  mixed.assign(num_rows * value_width, C(0)), key.resize(kKeys * width), value.resize(kKeys * value_width);
-  for (int64_t r = 0; r < num_tiles * kLanes; ++r) {
-    const int64_t tile = r / kLanes, lane = r % kLanes, head = kv_head * group + r % group;
-    top[tile][lane] = p.sinks && r < num_rows ? p.sinks[head] : lowest;
-    mass[tile][lane] = p.sinks ? C(1) : C(0);
-    if (r >= num_rows) continue;
-    const S* own = query + (rows.query[r / group] * num_heads + head) * width;
-    for (int64_t d = 0; d < width; ++d) q[tile * width + d][lane] = static_cast<C>(own[d]) * p.scale;
+  static thread_local std::vector<W> queries, sixteen, key;
+  static thread_local std::vector<C> top, mass, weights, mixed, value;
+  queries.assign(num_rows * words, W(0)), sixteen.assign(kLanes * words, W(0)), key.resize(words * kKeys);
+  top.resize(num_rows), mass.resize(num_rows), weights.resize(num_rows * kKeys);
+  mixed.assign(num_rows * size, C(0)), value.resize(kKeys * size);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t head = kv_head * group + r % group;
+    F::read(query + (rows.query[r / group] * num_heads + head) * width, &queries[r * words], width);
+    top[r] = p.sinks ? p.sinks[head] : lowest, mass[r] = p.sinks ? C(1) : C(0);
   }
   int64_t first = 0;
   if (p.window > 0) {  // whole blocks that no query sees; block boundaries stay where they are
@@ -144,49 +248,44 @@ void attend(
     first = std::max<int64_t>(0, std::min(start, oldest - p.window + 1)) / kKeys * kKeys;
   }
   for (; first < num_keys; first += kKeys) {
-    const int64_t count = std::min(kKeys, num_keys - first), padded = (count + kAtOnce - 1) / kAtOnce * kAtOnce;
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t row = slots[first + j] * num_kv + kv_head;
-      const int64_t ahead = slots[std::min(first + j + kAtOnce, num_keys - 1)] * num_kv + kv_head;
+    const int64_t count = std::min(kKeys, num_keys - first);
+    const W* own[kLanes];
+    for (int64_t j = 0; j < in_lanes(count); ++j) {
+      const int64_t row = slots[first + std::min(j, count - 1)] * num_kv + kv_head;
+      const int64_t ahead = slots[std::min(first + j + kLanes, num_keys - 1)] * num_kv + kv_head;
       for (int64_t d = 0; d < width; d += 64 / sizeof(S)) __builtin_prefetch(keys + ahead * width + d);
       for (int64_t d = 0; d < value_width; d += 64 / sizeof(S)) __builtin_prefetch(values + ahead * value_width + d);
-      widen(keys + row * width, &key[j * width], width);
-      widen(values + row * value_width, &value[j * value_width], value_width);
+      if (F::kAsTheyLie && words * F::kPerWord == width) {
+        own[j % kLanes] = reinterpret_cast<const W*>(keys + row * width);
+      } else {
+        F::read(keys + row * width, &sixteen[j % kLanes * words], width);
+        own[j % kLanes] = &sixteen[j % kLanes * words];
+      }
+      if (j < count) widen(values + row * value_width, &value[j * size], value_width);
+      if (j % kLanes == kLanes - 1) transpose(own, &key[j / kLanes * kLanes], words);
     }
-    const bool is_plain = p.window == 0 && first + count <= start;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      score(key.data(), &q[tile * width], weights.data(), padded, width);
-      const int64_t in_tile = std::min(kLanes, num_rows - tile * kLanes);
-      Lanes<C> highest = top[tile];
-      for (int64_t j = 0; j < count; ++j) {
-        if (p.softcap > 0)
-          for (int64_t l = 0; l < in_tile; ++l) weights[j][l] = std::tanh(weights[j][l] / p.softcap) * p.softcap;
-        if (!is_plain && (p.window > 0 || first + j >= start))
-          for (int64_t l = 0; l < in_tile; ++l)
-            if (!sees(positions, inside, p.window, start, rows.place[(tile * kLanes + l) / group], p.num_queries, first + j))
-              weights[j][l] = lowest;
-        highest = weights[j] > highest ? weights[j] : highest;
-      }
-      const Lanes<C> finite = highest > lowest ? highest : Lanes<C>{};  // a row that sees nothing yet
-      const Lanes<C> shrink = power(top[tile] - finite);
-      top[tile] = highest;
-      mass[tile] *= shrink;
-      for (int64_t j = 0; j < count; ++j) {
-        weights[j] = power(weights[j] - finite);
-        mass[tile] += weights[j];
-      }
-      for (int64_t l = 0; l < in_tile; ++l) {
-        C* sum = &mixed[(tile * kLanes + l) * value_width];
-        if (shrink[l] != C(1))
-          for (int64_t d = 0; d < value_width; ++d) sum[d] *= shrink[l];
-        mix(weights.data(), l, value.data(), sum, count, value_width);
-      }
+    by_fours(num_rows, [&](int64_t r, auto number) {
+      score<F, C, number>(&queries[r * words], key.data(), &weights[r * kKeys], words, count);
+    });
+    const int64_t in_doubt = p.window > 0 ? 0 : std::clamp<int64_t>(start - first, 0, count);  // all see what is before
+    for (int64_t r = 0; r < num_rows; ++r) {
+      C* scores = &weights[r * kKeys];
+      for (int64_t j = 0; j < kKeys; ++j) scores[j] *= p.scale;
+      if (p.softcap > 0)
+        for (int64_t j = 0; j < count; ++j) scores[j] = std::tanh(scores[j] / p.softcap) * p.softcap;
+      for (int64_t j = in_doubt; j < count; ++j)
+        if (!sees(positions, inside, p.window, start, rows.place[r / group], p.num_queries, first + j)) scores[j] = lowest;
+      const C shrink = soften(scores, count, top[r], mass[r]);
+      if (shrink != C(1))
+        for (int64_t d = 0; d < size; ++d) mixed[r * size + d] *= shrink;
     }
+    by_fours(num_rows, [&](int64_t r, auto number) {
+      mix<C, number>(&weights[r * kKeys], value.data(), &mixed[r * size], count, size);
+    });
   }
   for (int64_t r = 0; r < num_rows; ++r) {
     S* out = output + (rows.output[r / group] * num_heads + kv_head * group + r % group) * value_width;
-    const C total = mass[r / kLanes][r % kLanes];
-    for (int64_t d = 0; d < value_width; ++d) out[d] = static_cast<S>(mixed[r * value_width + d] / total);
+    for (int64_t d = 0; d < value_width; ++d) out[d] = static_cast<S>(mixed[r * size + d] / mass[r]);
   }
 }
 
