@@ -28,7 +28,7 @@ if not __package__:
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_kernels, gpu_report, gpu_sections, prompts, report
+from benchmarks import gpu_captured, gpu_kernels, gpu_report, gpu_sections, prompts, report
 from benchmarks.contenders import PLAIN, Ours
 from benchmarks.floor import copy_bandwidth, floor_of
 from benchmarks.gpu_peers import peers
@@ -39,13 +39,22 @@ from dspark.errors import UnsupportedModel
 from dspark.target import native
 from dspark.target.check import check_parity
 
-SECTIONS = ("steps", "kernels", "rounds", "decode", "deterministic")
+SECTIONS = ("steps", "captured", "tilings", "kernels", "rounds", "decode", "deterministic")
 PEERS = ("eager", "compiled", "continuous")
 POLICIES = (
     "off,fixed:1,fixed:3,fixed:5,fixed:7,threshold:0.6,algorithm1,lagged,optimal,tokens-per-batch,startup-table,auto"
 )
 _PAPER_TAU = 4.73  # DSpark on Qwen3-4B, mean of the paper's nine sets (Table 1)
-_SHARES = {"steps": 0.15, "kernels": 0.1, "rounds": 0.15, "decode": 0.55, "deterministic": 0.05}  # of the minutes
+# Of the minutes.
+_SHARES = {
+    "steps": 0.12,
+    "captured": 0.08,
+    "tilings": 0.05,
+    "kernels": 0.1,
+    "rounds": 0.15,
+    "decode": 0.45,
+    "deterministic": 0.05,
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shape", default="qwen3-4b", choices=list(SHAPES))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--compile", action="store_true", help="compile target and drafter first")
+    compiling = "compile target and drafter first, and record the target's steps on CUDA (default: on CUDA)"
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     add("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--requests", help="side by side (default 1,4,16,64,256; tiny: 1,8)")
     add("--contexts", help="cached tokens of each request (default 512,2048,8192,32768; tiny: 64,512)")
@@ -86,6 +96,7 @@ def _fill_in(options: argparse.Namespace) -> None:
     """Defaults that depend on others."""
     is_small = options.shape == "tiny"
     options.device = torch.device(options.device)
+    options.compile = options.device.type == "cuda" if options.compile is None else options.compile
     options.sections = options.sections.split(",")
     everyone = "eager,continuous" if options.device.type == "cpu" else ",".join(PEERS)
     options.peers = [p for p in (everyone if options.peers is None else options.peers).split(",") if p]
@@ -163,6 +174,15 @@ class Benchmark:
         sizes = gpu_sections.step_sizes(self.options.most_tokens, self.options.contexts)
         rows = gpu_sections.steps(self.target, self.floor, sizes, self._most_bytes, self.options.repeats, self.say)
         self._collect("steps", rows, deadline)
+
+    def captured(self, deadline: float) -> None:
+        context, repeats = self.options.contexts[0], self.options.repeats
+        sizes = [(n, each) for n in self.options.requests for each in (1, 8) if n * each <= self.options.most_tokens]
+        rows = gpu_captured.passes(self.target, self.options.compile, self.floor, sizes, context, repeats, self.say)
+        self._collect("captured", rows, deadline)
+
+    def tilings(self, deadline: float) -> None:
+        self._collect("tilings", gpu_captured.attention(self.target, self.floor, self.say), deadline)
 
     def kernels(self, deadline: float) -> None:
         loads, repeats = self.options.requests, self.options.repeats

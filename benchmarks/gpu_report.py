@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import summary, table
 from benchmarks.contenders import PLAIN
+from benchmarks.gpu_captured import CapturedRow, TilingRow
 from benchmarks.gpu_kernels import KernelRow
 from benchmarks.gpu_sections import DeterministicRow, RoundRow, StepRow
 from benchmarks.measure import Section
@@ -60,6 +61,42 @@ def _steps(rows: Sequence[StepRow]) -> Table:
         found.add_row(
             str(r.requests), str(r.tokens), str(r.context), _ms(r.seconds), _ms(r.floor), f"{r.floor / r.seconds:.0%}"
         )
+    return found
+
+
+def _captured(rows: Sequence[CapturedRow]) -> Table:
+    headings = (
+        "requests",
+        "tokens",
+        "context",
+        "eager ms",
+        "recorded",
+        "compiled and recorded",
+        "floor",
+        "recording s",
+    )
+    found = Table(*headings, "MB", title="Target passes, eager and replayed")
+    for r in rows:
+        compiled = "" if r.compiled is None else _ms(r.compiled)
+        times = (_ms(r.eager), _ms(r.captured), compiled, _ms(r.floor), f"{r.recording:.1f}")
+        found.add_row(str(r.requests), str(r.tokens), str(r.context), *times, f"{r.num_megabytes:.0f}")
+    return found
+
+
+def _tilings(rows: Sequence[TilingRow]) -> Table:
+    headings = (
+        "requests",
+        "tokens",
+        "context",
+        "usual µs",
+        "fastest µs",
+        "floor µs",
+        "rows, keys, split, warps, stages",
+    )
+    found = Table(*headings, title="Attention of one layer, in the usual tiling and in the fastest")
+    for r in rows:
+        times = (f"{1e6 * seconds:.0f}" for seconds in (r.usual, r.fastest, r.floor))
+        found.add_row(str(r.requests), str(r.tokens), str(r.context), *times, ", ".join(map(str, r.tiling)))
     return found
 
 
@@ -110,6 +147,8 @@ def _deterministic(rows: Sequence[DeterministicRow]) -> Table:
 
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "steps": _steps,
+    "captured": _captured,
+    "tilings": _tilings,
     "kernels": _kernels,
     "rounds": _rounds,
     "decode": _decode,
@@ -123,6 +162,9 @@ def aims(found: Mapping[str, Sequence[Any]]) -> list[tuple[bool, str]]:
     slower = [r for r in found.get("kernels", ()) if r.kernel > r.torch]
     if found.get("kernels"):
         lines.append((not slower, f"kernels behind torch in {len(slower)} of {len(found['kernels'])} sizes, aim none"))
+    if captured := found.get("captured"):
+        slower = [r for r in captured if r.captured > r.eager]
+        lines.append((not slower, f"recorded steps behind eager ones in {len(slower)} of {len(captured)}, aim none"))
     for r in found.get("rounds", ()):
         if r.requests == 1:
             share = r.plain_floor / r.plain

@@ -14,9 +14,24 @@ from benchmarks.gpu_sections import RoundRow, step_sizes
 def test_sections_end_in_one_file(tmp_path, capsys):
     few = ["--most-tokens", "2", "--requests", "1,2", "--contexts", "16", "--repeats", "2", "--minutes", "1"]
     file = tmp_path / "gpu.json"
-    gpu.main(["--shape", "tiny", "--device", "cpu", "--sections", "steps,kernels,rounds", *few, "--json", str(file)])
+    gpu.main(
+        [
+            "--shape",
+            "tiny",
+            "--device",
+            "cpu",
+            "--sections",
+            "steps,captured,tilings,kernels,rounds",
+            *few,
+            "--json",
+            str(file),
+        ]
+    )
     found = json.loads(file.read_text())
     assert [(r["requests"], r["tokens"], r["context"]) for r in found["steps"]] == [(1, 1, 16), (2, 2, 16)]
+    assert [(r["requests"], r["tokens"]) for r in found["captured"]] == [(1, 1), (2, 2)]
+    assert all(r["captured"] > 0 and r["compiled"] is None for r in found["captured"])
+    assert found["tilings"] == []  # nothing to tune without CUDA
     assert [(r["what"], r["tokens"]) for r in found["kernels"]] == [("attention", n) for n in (1, 8, 2, 16)]
     assert [r["requests"] for r in found["rounds"]] == [1, 2]
     assert all(r["floor"] > 0 and r["seconds"] > 0 for r in found["steps"])

@@ -18,7 +18,7 @@ from triton.errors import TritonError
 
 from dspark.target import tilings, triton_attention
 from dspark.target.plan import SHORT
-from dspark.target.tilings import Geometry, Shape, Tiling, tiling_for
+from dspark.target.tilings import Geometry, Seconds, Shape, Tiling, tiling_for
 
 _MOST_SLOTS = 1 << 16  # more than a card's caches hold; larger shapes read some of them again
 
@@ -31,12 +31,19 @@ def tune(geometry: Geometry, device: torch.device) -> None:
         "triton": triton.__version__,
         "kernel": hashlib.sha256(Path(triton_attention.__file__).read_bytes()).hexdigest()[:16],
     }
-    tilings.find(geometry, machine, partial(_measured, geometry, device))
+    measured = partial(tilings.measure, usual_for(geometry), clock(geometry, device))
+    tilings.find(geometry, machine, measured)
 
 
-def _measured(geometry: Geometry, device: torch.device) -> dict[Shape, Tiling]:
-    call_of = lru_cache(maxsize=1)(lambda shape: attention_of(geometry, shape, device))
+def usual_for(geometry: Geometry) -> Callable[[Shape], Tiling]:
+    """What is taken as long as nothing has been measured."""
     bytes_per_key = max(geometry.width, geometry.value_width) * getattr(torch, geometry.dtype).itemsize
+    return lambda shape: tiling_for(shape.queries, bytes_per_key)
+
+
+def clock(geometry: Geometry, device: torch.device) -> Seconds:
+    """Median of some calls, the card's caches emptied before each."""
+    call_of = lru_cache(maxsize=1)(lambda shape: attention_of(geometry, shape, device))
 
     def seconds(shape: Shape, tiling: Tiling) -> float:
         try:
@@ -45,7 +52,7 @@ def _measured(geometry: Geometry, device: torch.device) -> dict[Shape, Tiling]:
         except (TritonError, torch.OutOfMemoryError):  # its tiles do not fit, or the shape does not
             return math.inf
 
-    return tilings.measure(lambda shape: tiling_for(shape.queries, bytes_per_key), seconds)
+    return seconds
 
 
 def attention_of(geometry: Geometry, shape: Shape, device: torch.device) -> Callable[[Tiling], Tensor]:
