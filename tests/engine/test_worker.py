@@ -241,14 +241,18 @@ def test_watchers_that_raise_cost_nothing(target, started, caplog):
     assert ended == ["dspark-engine"]
 
 
-def test_what_a_step_brings_is_sent_off_at_once_and_before_anybody_looks_at_it(target, started):
+@pytest.mark.parametrize("seconds", [0.0, float("inf")], ids=["one-by-one", "together"])
+def test_what_a_step_brings_is_sent_off_at_once_and_before_anybody_looks_at_it(target, started, seconds, monkeypatch):
+    monkeypatch.setattr("dspark.engine.worker._SECONDS_BETWEEN_TELLING", seconds)
     told = []
     options = {"observers": [lambda record: told.append("seen")], "on_finished": [lambda record: told.append("ended")]}
     worker = started(Engine(target), **options, on_delivered=[lambda: told.append("sent")])
     requests = [worker.engine.prepare([1, 2, i], SamplingParams(max_tokens=6)) for i in range(3)]
     worker.submit(requests, [lambda delta: told.append("delta")] * 3)
     worker.drain(30)
-    assert told == ["delta", "delta", "delta", "sent", "seen"] * 6 + ["ended"] * 3
+    sent = ["delta", "delta", "delta", "sent"]
+    steps = [*sent, "seen"] * 6 if seconds == 0 else sent * 6 + ["seen"] * 6
+    assert told == [*steps, "ended", "ended", "ended"]
 
 
 def test_idle_tasks_run_only_between_requests(target, started):

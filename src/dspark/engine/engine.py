@@ -405,9 +405,10 @@ class Engine:
 
     def _tokenise(self, prompt: Prompt, params: SamplingParams, raw: bool) -> list[int]:
         tokens = render_prompt(self.target.tokenizer, prompt, raw)
-        outside = [t for t in (*tokens, *params.logit_bias) if not 0 <= t < self.target.vocab_size]
+        vocab_size = self.target.vocab_size  # asks the model: not for every token
+        outside = [t for t in (*tokens, *params.logit_bias) if not 0 <= t < vocab_size]
         if outside:
-            raise InvalidRequest(f"token ids must be in 0 .. {self.target.vocab_size - 1}; got {outside[0]}")
+            raise InvalidRequest(f"token ids must be in 0 .. {vocab_size - 1}; got {outside[0]}")
         if len(tokens) >= self.max_length:
             raise InvalidRequest(
                 f"the prompt has {len(tokens)} tokens, but this engine holds {self.max_length} with at least one to "

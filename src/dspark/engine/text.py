@@ -119,11 +119,14 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """What these tokens add for certain; an unfinished character waits for the next push."""
-        return "".join(self._push(token_id) for token_id in token_ids)
-
-    def _push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
+        new = list(token_ids)
+        if not new:
+            return ""
+        text = self._decode([*self._window, *new])
+        if len(new) > 1 and text.endswith(_REPLACEMENT):
+            # One by one: a long run of bytes has to be seen at the moments when no character is open.
+            return "".join(self.push([token_id]) for token_id in new)
+        self._window += new
         num_certain = len(text.rstrip(_REPLACEMENT))
         if num_certain < len(text) and len(self._window) >= _MAX_UNFINISHED_WINDOW:
             num_certain = len(text) - _MAX_UNFINISHED  # bytes without end that are no text
@@ -131,7 +134,7 @@ class Detokenizer:
         self._num_emitted = max(self._num_emitted, num_certain)
         if num_certain == len(text):
             if not piece and len(self._window) > _MAX_WINDOW:
-                self._window.pop()  # special tokens without end: they add nothing, but time
+                del self._window[-len(new) :]  # special tokens without end: they add nothing, but time
             elif piece:
                 self._restart, self._in_step = self._in_step, len(self._window)
                 if len(self._window) > _MAX_WINDOW:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest,
 from dspark.types import Request
 
 T = TypeVar("T")
+
+_MOMENT_BYTES = 4096  # of a body whose tokenising takes about a millisecond at most
 
 _ERROR = {
     "description": "what is wrong, and with which field",
@@ -82,8 +84,8 @@ def make_app(
 class Desk:
     """Where requests are checked, tokenised and handed to the worker.
 
-    What takes longer than a moment (templates, tokenising, grammars) happens on one thread beside the event loop. It has a
-    tokenizer of its own, because those of `tokenizers` are not safe to share.
+    What takes longer than a moment (tokenising long prompts, grammars) happens on one thread beside the event loop, never on
+    both at a time, with a tokenizer of their own: those of `tokenizers` are not safe to share.
     """
 
     def __init__(self, worker: Worker, settings: ServeSettings) -> None:
@@ -91,9 +93,12 @@ class Desk:
         self.tokenizer = copy.deepcopy(self.engine.target.tokenizer)
         self.names = TokenNames(self.tokenizer)
         self._thread = ThreadPoolExecutor(1, "dspark-text")
+        self._latest: Future[Any] = Future()
+        self._latest.set_result(None)
 
     async def beside(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        future = self._latest = self._thread.submit(work, *arguments)
+        return await asyncio.shield(asyncio.wrap_future(future))  # never cancelled: `_latest` done means all are
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -107,11 +112,15 @@ class Desk:
     def _outbox(self) -> Outbox:
         return Outbox(self.worker, asyncio.get_running_loop())
 
-    async def answer(self, body: ChatRequest | CompletionRequest) -> Answer:
-        """Check a body and start its work."""
+    async def answer(self, body: ChatRequest | CompletionRequest, num_bytes: int) -> Answer:
+        """Check a body of this size and start its work."""
         model = self.model_named(body.model)
         check_limits(body, self.settings)
-        requests = await self.beside(self._prepare, body)
+        needs_grammar = body.response_format is not None or (isinstance(body, ChatRequest) and body.tools is not None)
+        if num_bytes <= _MOMENT_BYTES and not needs_grammar and self._latest.done():
+            requests = self._prepare(body)  # at once: each change of threads has to wait until the engine's gives way
+        else:
+            requests = await self.beside(self._prepare, body)
         run = Run(self.worker, self._outbox, requests, self.settings.request_seconds)
         kind = "chat.completion" if isinstance(body, ChatRequest) else "text_completion"
         return Answer(
@@ -155,7 +164,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         log = http.state.log
         if desk.settings.log_text:
             log["body"] = body.model_dump(exclude_defaults=True)
-        answer = await desk.answer(body)
+        answer = await desk.answer(body, len(await http.body()))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(answer, include_usage, log)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
+
+from pydantic_core import to_json
 
 from dspark.types import Request, TokenLogprobs
 
@@ -26,23 +27,27 @@ class Head:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._fields(self.kind), "choices": choices, "usage": usage}
+        return {**self._named(self.kind), "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._fields(self.kind + ".chunk" if self.is_chat else self.kind), "choices": choices}
+        return {**self._of_chunks, "choices": choices}
 
-    @property
+    @cached_property
     def is_chat(self) -> bool:
         return self.kind == "chat.completion"
 
-    def _fields(self, kind: str) -> dict[str, Any]:
+    @cached_property
+    def _of_chunks(self) -> dict[str, Any]:
+        return self._named(self.kind + ".chunk" if self.is_chat else self.kind)
+
+    def _named(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         return {"id": prefix + self.id, "object": kind, "created": self.created, "model": self.model}
 
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"  # several times as fast as `json`
 
 
 DONE = b"data: [DONE]\n\n"
