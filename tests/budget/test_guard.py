@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ class Machine(Capacity):
 
     is_known = True
     speed = 1.0  # seconds are multiplied by it, unknown to who asks what steps cost
+    per_unread = 0.0  # seconds of the drafter for each position of a prompt
 
     def __init__(self, per_token: float, per_draft: float, base: float = 1.0) -> None:
         super().__init__()
@@ -47,10 +50,13 @@ class Traffic:
         self.random = torch.Generator().manual_seed(seed)
         self.tokens = self.seconds = 0.0
         self.drafted: list[list[int]] = []
+        self.prompt_tokens, self.unread = 0, 0  # read by the target in every tenth step; not yet read by the drafter
 
     def step(self) -> None:
         n = len(self.acceptance)
-        load = Load(n, n, 100 * n)
+        prompt_tokens = self.prompt_tokens if len(self.drafted) % 10 == 0 else 0
+        self.unread += prompt_tokens
+        load = Load(n + prompt_tokens, n, 100 * n, 0.0, prompt_tokens)
         rows = self.guard.choose(list(range(n)), load)
         sizes = torch.zeros(n, dtype=torch.long)
         sizes[rows] = 7
@@ -59,8 +65,11 @@ class Traffic:
         if self.noise:
             believed = (believed + self.noise * torch.randn(n, generator=self.random)).clamp(0.01, 0.99)
         survival = believed[:, None].expand(n, 7).cumprod(1) * draft.real
-        draft_seconds = self.machine.draft_seconds(len(rows), 100)
-        load = Load(n, n, 100 * n, self.capacity.draft_seconds(len(rows), 100) or draft_seconds)
+        draft_seconds, unread = self.machine.draft_seconds(len(rows), 100), 0
+        if rows:
+            unread, self.unread = self.unread, 0
+            draft_seconds += self.machine.per_unread * unread
+        load = replace(load, draft_seconds=self.capacity.draft_seconds(len(rows), 100) or draft_seconds)
         keep = self.scheduler.choose(draft, survival, load) if rows else draft.real
         luck = torch.rand(n, 7, generator=self.random) < self.acceptance[:, None]
         accepted = keep & luck.cumprod(1).bool()
@@ -74,7 +83,9 @@ class Traffic:
             accepted_nodes=accepted,
             load=load,
             num_asked=len(rows),
+            num_unread=unread,
             num_tokens=n + int(keep.sum()),
+            num_prompt_tokens=prompt_tokens,
             predicted_accepted=float((survival * keep).sum()),
         )
         seconds = float(self.machine.seconds(record.num_tokens, n, 0))
@@ -145,6 +156,29 @@ def test_hard_requests_are_left_out():
     easy, hard = (sum(r in rows for rows in late) for r in (0, 2))
     assert easy > 95 and hard < 15
     assert traffic.guard.reason == "difficulty"
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 500])
+def test_prompts_that_the_drafter_reads_are_part_of_what_it_costs(prompt_tokens):
+    """Drafts pay, but not where as much time again goes into reading prompts that plain decoding leaves unread."""
+    traffic = Traffic(Machine(per_token=0.05, per_draft=0.1), [0.7] * 4)
+    traffic.machine.per_unread, traffic.prompt_tokens = 0.05, prompt_tokens
+    traffic.run(200)
+    speed = traffic.run(1500) / traffic.plain
+    assert speed > 0.99 if prompt_tokens else speed > 1.2
+
+
+def test_requests_that_come_and_go_do_not_have_everything_decided_anew():
+    """A request that reads its prompt leaves one less to draft for, for a step: what was decided for all still holds."""
+    guard = Guard(Machine(per_token=1.0, per_draft=1.0))
+    guard._num_judged, guard.is_drafting, guard._probe_loss, guard._now = 24, False, np.inf, 9
+    decided = []
+    guard._decide = lambda ids, load: decided.append(len(ids))
+    guard.choose([0, 1, 2, 3], Load(4, 4, 400))
+    for _ in range(20):
+        guard.choose([0, 1, 2], Load(83, 4, 300, 0.0, 80))
+        guard.choose([0, 1, 2, 3], Load(4, 4, 400))
+    assert decided == [4]
 
 
 def test_luck_is_not_taken_for_ease():

@@ -48,6 +48,16 @@ def test_the_ratio_of_neighbours_is_found_on_a_wandering_machine():
     assert pairs.excess(Believed(), LOAD, 1) == 1.0 and pairs.num_pairs(32, 32) == 0
 
 
+def test_what_is_known_of_a_like_number_of_requests_serves_until_more_is():
+    pairs = SideBySide()
+    for i in range(40):
+        pairs.observe(step(0 if i % 4 < 2 else 8, 5e-3 if i % 4 < 2 else 15e-3))
+    own, near, far = (pairs.excess(Believed(), Load(n, n, 100 * n), n) for n in (8, 6, 16))
+    assert 1.5 >= own > near > far > 1.25
+    assert pairs.excess(Believed(), Load(32, 32, 3200), 32) == 1.0
+    assert pairs.excess(Believed(), Load(6, 6, 600), 1) == 1.0  # another share of them is drafted for
+
+
 def test_shares_of_the_requests_are_told_apart():
     pairs = SideBySide()
     for i in range(60):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
+from dspark.budget.reading_up import ReadingUp
 from dspark.budget.side_by_side import SideBySide
 from dspark.budget.throughput import seconds_of_step
 from dspark.types import Load, StepRecord
@@ -85,7 +86,7 @@ class Guard:
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
         self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
-        self.side_by_side = SideBySide()
+        self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
         self._probe_loss = 0.0  # seconds that a step of the next probe is believed to lose
@@ -107,9 +108,10 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        load = _without_prompts(load)  # they are read whatever is decided, and the next step may have none
-        if self._is_due(load):
+        num_requests, load = load.num_requests, _without_prompts(load)  # the next step may have none
+        if self._is_due(num_requests):
             self._decide(request_ids, load)
+            self._decided_for = _about(num_requests)
         if not self.is_drafting:
             self.reason = "cost"
             return self._probes(request_ids, load)
@@ -124,6 +126,7 @@ class Guard:
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
         self.side_by_side.observe(record)
+        self.reading_up.observe(record, self.capacity)
         if not any(record.drafted):
             self._last_plain = self._now
         if record.survival is None or record.kept is None or record.accepted_nodes is None:
@@ -166,14 +169,13 @@ class Guard:
             return True
         return False
 
-    def _is_due(self, load: Load) -> bool:
+    def _is_due(self, num_requests: int) -> bool:
         """A decision costs about as much as a tenth of a small step, and while nothing is drafted little is learned."""
         every = self.settings.reconsider_every if self.is_drafting else 8 * self.settings.reconsider_every
-        return self._decided_for != _about(load.num_requests) or self._now - self._decided_at >= every
+        return self._decided_for != _about(num_requests) or self._now - self._decided_at >= every
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
-        self._decided_for = _about(load.num_requests)
         self._decided_at = self._now
         samples = self._samples(request_ids)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")
@@ -183,6 +185,7 @@ class Guard:
         size = num_decoding
         while size:
             tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load)
+            seconds += tokens * self.reading_up.seconds_per_token * size / num_decoding
             if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
                 best, best_rate, self._length = size, tokens / seconds, seconds * plain / num_decoding
             size //= 2
@@ -205,8 +208,9 @@ class Guard:
         """Seconds lost by drafting for these requests [n, b, K] only to learn."""
         tokens, seconds = self._expected(samples, num_decoding, load)
         plain = seconds_of_step(self.capacity, load, 0)[0] / num_decoding
-        # Even a probe that pays costs something: it disturbs what was found to be best.
-        return max(seconds - tokens * plain, 0.02 * seconds)
+        piled_up = self.reading_up.seconds(load.context_tokens * samples.shape[1] / num_decoding)
+        # Even a probe that pays costs something: it disturbs what was found to be best. It is two steps that read once.
+        return max(seconds - tokens * plain, 0.02 * seconds) + piled_up / 2
 
     def _samples(self, request_ids: Sequence[int]) -> Floats:
         """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few.

@@ -20,6 +20,7 @@ _LONGEST_RUN = 5  # steps that stand for a run of their kind, by their median
 _MOST_PAIRS = 12
 _MOST_UNREAD = 16  # positions per request
 _ABSURD = math.log(30)  # a clock that jumped, or a machine that slept
+_NEAR = 2  # places of _Kind.requests: half or twice as many requests
 _PRIOR = 1.0  # pairs' worth of trust in what steps cost by themselves
 
 
@@ -82,18 +83,27 @@ class SideBySide:
         return len(self._pairs.get(_kind(num_requests, num_asked), ()))
 
     def excess(self, capacity: Capacity, load: Load, num_asked: int) -> float:
-        """How many times dearer, beside plain ones, steps with so many drafts are than `capacity` has it; 1: not known."""
-        found = self._pairs.get(_kind(load.num_requests, num_asked))
-        if not found or not capacity.is_known:
+        """How many times dearer, beside plain ones, steps with so many drafts are than `capacity` has it; 1: not known.
+
+        Where nothing was compared yet with about so many requests, it is as with somewhat more or fewer.
+        """
+        kind = _kind(load.num_requests, num_asked)
+        near = [k for k in self._pairs if k.halvings == kind.halvings and abs(k.requests - kind.requests) <= _NEAR]
+        if not near or not capacity.is_known:
             return 1.0
-        ratios, tokens, asked = np.array(sorted(found, key=lambda pair: pair.tokens)).T
-        n, context, num_asked = load.num_requests, load.context_tokens, max(1, round(asked.mean()))
+        nearest = min(near, key=lambda k: abs(k.requests - kind.requests))
+        distance = abs(nearest.requests - kind.requests)
+        n = round(2 ** (nearest.requests / 2)) if distance else load.num_requests
+        context = round(load.context_tokens * n / load.num_requests)
+        pairs = sorted(self._pairs[nearest], key=lambda pair: pair.tokens)
+        ratios, tokens, asked = np.array(pairs).T
+        num_asked = max(1, round(asked.mean()))
         sizes = np.maximum(np.concatenate([[n], tokens.round()]).astype(np.int64), n)
         plain, *drafted = capacity.seconds(sizes, n, context)
         drafting = capacity.draft_seconds(num_asked, round(context * min(1.0, num_asked / n)))
         errors = np.sort(ratios - np.log((np.array(drafted) + drafting) / plain))
-        cut = (len(errors) + 2) // 5
-        return math.exp(errors[cut : len(errors) - cut].mean() * len(errors) / (len(errors) + _PRIOR))
+        cut, num = (len(errors) + 2) // 5, len(errors)
+        return math.exp(errors[cut : num - cut].mean() * num / (num + _PRIOR * (1 + distance)))
 
     def _compare(self, kind: _Kind, steps: list[_Step], other: _Kind, others: list[_Step]) -> None:
         if kind.requests != other.requests or (kind.halvings is None) == (other.halvings is None):
