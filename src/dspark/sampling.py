@@ -29,6 +29,8 @@ def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[S
     """
     scores = logits.float()
     temperature = _column([r.params.temperature for r in owners], logits)
+    if not any(r.params.reshapes for r in dict.fromkeys(owners)):  # a request's rows share its parameters
+        return scores, temperature
     if any(r.params.logit_bias or r.params.penalises for r in owners):
         scores = _penalise(scores.clone(), owners, previous)
     if any(r.matcher is not None for r in owners):

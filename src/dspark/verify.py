@@ -62,14 +62,17 @@ class Coupled:
         positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
         chosen = self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED).tolist()
 
-        accepted, next_tokens, first_row = torch.zeros_like(keep), [], 0
+        places, next_tokens, first_row = list[int](), list[int](), 0
         for b, tree in enumerate(trees):
             node, token = -1, chosen[first_row]
             while (child := tree.child(node, token)) is not None:
-                accepted[b, child] = True
+                places.append(b * keep.shape[1] + child)
                 node, token = child, chosen[first_row + tree.rows[child]]
             next_tokens.append(token)
             first_row += len(tree.rows)
+        accepted = torch.zeros_like(keep)
+        if places:
+            accepted.view(-1)[places] = True
         return Verdict(accepted, torch.tensor(next_tokens))
 
 
@@ -154,7 +157,10 @@ class Tree:
         return self._children.get(node, [])
 
     def child(self, node: int, token: int) -> int | None:
-        return next((c for c in self.children(node) if self.tokens[c] == token), None)
+        for child in self._children.get(node, ()):
+            if self.tokens[child] == token:
+                return child
+        return None
 
 
 RULES: dict[str, type[Coupled] | type[Rejection]] = {"coupled": Coupled, "rejection": Rejection}

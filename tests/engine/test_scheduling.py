@@ -231,8 +231,9 @@ def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fau
     assert target.num_free_slots == target.cache.limit
 
 
-def test_a_clock_that_jumps_changes_no_text(target, texts, monkeypatch):
-    rng = random.Random(0)
+@pytest.mark.parametrize("seed", range(10))
+def test_a_clock_that_jumps_changes_no_text(target, texts, monkeypatch, seed):
+    rng = random.Random(seed)
     jumping = lambda: time.perf_counter() + rng.choice([0, 0, 0, -3600, 3600])  # noqa: E731
     monkeypatch.setattr("dspark.engine.engine.time", SimpleNamespace(perf_counter=jumping))
     engine = Engine(target, Sure(texts), "auto", observers=[hindsight := Hindsight()])

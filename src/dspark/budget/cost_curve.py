@@ -23,6 +23,7 @@ _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
 _MOST_BETWEEN_FITS = 256
 _ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
+_LEAST_SECONDS = 1e-7  # what clocks that leap have taught may say 0, by which others divide
 _SO_OFTEN = 5
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
 
@@ -106,7 +107,7 @@ class CostCurve:
             self._tables[key] = self._table(*key)
         table, per_context = self._tables[key]
         where = np.asarray(sizes, dtype=np.int64)
-        return (table[where] + context * per_context[where]) * self.speed
+        return np.maximum((table[where] + context * per_context[where]) * self.speed, _LEAST_SECONDS)
 
     def fit(self) -> None:
         """Fit the terms to the medians of all places, in relative error."""

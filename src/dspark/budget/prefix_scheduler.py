@@ -58,6 +58,8 @@ class FixedLength:
         self.length = length
 
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
+        if draft.tokens.shape[1] <= self.length:  # no path can be longer
+            return draft.real
         return draft.real & (draft.depth <= self.length)
 
 

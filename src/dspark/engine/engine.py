@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, cast
@@ -234,30 +233,32 @@ class Engine:
     def step(self) -> StepRecord:
         """Move every running request on by one target pass."""
         record = StepRecord()
-        with _timed(record, "admit"):
-            self._make_room(record)
-            decoding = [r for r in self.batcher.running if not is_reading(r)]
-            prompts = self.batcher.prompt_spans(math.ceil(len(decoding) * self._tokens_per_request))
-            record.load = self._load(record, decoding, prompts)
-        with _timed(record, "draft"):
-            # A request with room for one more token needs no draft: the target's own next token ends it.
-            with_room = [b for b, r in enumerate(decoding) if self._room(r) > 1]
-            draft = self.drafting.propose(record, decoding, with_room)
-        with _timed(record, "schedule"):
-            keep = self._choose(record, draft, decoding)
-            spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
+        lap = _Laps(record.seconds)
+        self._make_room(record)
+        decoding = [r for r in self.batcher.running if not is_reading(r)]
+        prompts = self.batcher.prompt_spans(math.ceil(len(decoding) * self._tokens_per_request))
+        record.load = self._load(record, decoding, prompts)
+        lap("admit")
+        # A request with room for one more token needs no draft: the target's own next token ends it.
+        with_room = [b for b, r in enumerate(decoding) if self._room(r) > 1]
+        draft = self.drafting.propose(record, decoding, with_room)
+        lap("draft")
+        keep = self._choose(record, draft, decoding)
+        spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
+        lap("schedule")
         if spans:
-            with _timed(record, "target"):
-                out = self.target.extend(spans, self.drafter.feature_layers)
-            with _timed(record, "verify"):
-                judged = decoding + [r for r, span in prompts if span.num_logits]
+            out = self.target.extend(spans, self.drafter.feature_layers)
+            lap("target")
+            judged = decoding + [r for r, span in prompts if span.num_logits]
+            if len(judged) > len(decoding):
                 draft = draft.among(range(len(decoding)), len(judged))
                 keep = torch.cat([keep, keep.new_zeros(len(judged) - len(decoding), keep.shape[1])])
-                verdict = self.rule.verify(draft, keep, out.logits, judged)
-            with _timed(record, "commit"):
-                self._record(record, decoding, draft, keep, verdict.accepted)
-                record.rate, record.best_rate = rates(self.capacity, record)
-                self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
+            verdict = self.rule.verify(draft, keep, out.logits, judged)
+            lap("verify")
+            self._record(record, decoding, draft, keep, verdict.accepted)
+            record.rate, record.best_rate = rates(self.capacity, record)
+            self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
+            lap("commit")
         if decoding:
             self._tokens_per_request = (record.num_tokens - record.num_prompt_tokens) / len(decoding)
         record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
@@ -471,8 +472,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
 
 
-@contextmanager
-def _timed(record: StepRecord, phase: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    record.seconds[phase] = time.perf_counter() - begin
+class _Laps:
+    """Writes down how long each phase took, as it ends."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._began = seconds, time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase], self._began = now - self._began, now

@@ -86,7 +86,7 @@ class CompiledForward:
             _mark_sizes(kind, arrays, pairs)
             with frozen_weights(plan.write.device):
                 logits, features = self._graphs[kind](**arrays, pairs=pairs)
-        return logits[:num_rows], features
+        return logits if len(logits) == num_rows else logits[:num_rows], features
 
     def _compile(self, kind: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         model, captured, storage_of = self._model, self._captured, self._storage_of
@@ -132,10 +132,12 @@ def frozen_weights(device: torch.device) -> Any:
     """While a graph is compiled: on CPU, pack its weights for the kernels, join projections of one input, and call the
     kernels from C++, which spares a small step an eighth of its time.
 
+    Its checks of every size before every kernel go: they cost as much as some kernels, and who calls is not a stranger.
     It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
     """
     is_cpu = device.type == "cpu"
-    return torch._inductor.config.patch({"freezing": is_cpu, "cpp.enable_concat_linear": is_cpu, "cpp_wrapper": is_cpu})
+    names = ("freezing", "cpp.enable_concat_linear", "cpp_wrapper")
+    return torch._inductor.config.patch(dict.fromkeys(names, is_cpu) | {"size_asserts": not is_cpu})
 
 
 def few_guards() -> dict[str, Any]:

@@ -221,7 +221,9 @@ def _plan_group(
         return torch.from_numpy(array).to(device)
 
     needs_inside = not is_chain or (for_graph and num_queries > 1)
-    inside = to(_inside(spans, members, num_queries)) if needs_inside else None
+    inside = None
+    if needs_inside:
+        inside = to(_chains(is_real) if is_chain else _inside(spans, members, num_queries))
     return Group(
         slots=to(_slots(spans, members, starts, sizes, num_keys, cache)),
         visibility=Visibility(to(starts), to(inputs.positions[rows]), inside, num_keys),
@@ -231,6 +233,13 @@ def _plan_group(
         sees_all=is_alone and (num_queries == 1 or spans[members[0]].is_block),
         is_causal=is_alone and is_chain and starts[0] == 0 and num_queries > 1,
     )
+
+
+def _chains(is_real: np.ndarray) -> np.ndarray:
+    """[B, N, N]  as `_inside` where every span is a chain, from which queries [B, N] are real."""
+    inside = np.tri(is_real.shape[1], dtype=bool) & is_real[:, :, None]
+    inside[:, :, 0] = True
+    return inside
 
 
 def _inside(spans: Sequence[Span], members: list[int], num_queries: int) -> np.ndarray:

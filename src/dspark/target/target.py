@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Target:
         model.eval()
         model.set_attn_implementation(attention.NAME)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Columns of the logits; a tokenizer may know fewer tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])
@@ -86,11 +86,11 @@ class Target:
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    @property
+    @cached_property  # asked for many times a step
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
