@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from dspark.budget.calibration import Calibration
 from dspark.drafters.block_model import BlockModel
+from dspark.drafters.captured_draft import CapturedDraft
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
+from dspark.target.captured import GraphRecorder, Outputs, Recorder
 from dspark.target.compiled import few_guards, frozen_weights
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
@@ -98,7 +100,9 @@ class BlockDrafter:
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
-        self._graph: Callable[[Step, Tensor], tuple[Tensor, Tensor | None]] | None = None
+        self._compiled: Callable[[Step, Tensor], Outputs] | None = None
+        self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
+        self._needs_whole_rows = False
         self._built: set[tuple[bool, torch.Size]] = set()  # steps that the graph has been called for
 
     def compile(self) -> None:
@@ -119,7 +123,14 @@ class BlockDrafter:
         # The compiler keeps graphs by code object, and only a few for each: every drafter has one of its own.
         code = step.__code__.replace(co_name=f"draft_{id(self)}")
         own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-        self._graph = torch.compile(own, fullgraph=True, options=few_guards())
+        self._compiled = torch.compile(own, fullgraph=True, options=few_guards())
+        self._graph = self._run_compiled
+        if self.device.type == "cuda" and kernel_for(self.model.fc.weight, self.block_size) is not None:
+            self.capture(GraphRecorder(self.device))
+
+    def capture(self, record: Recorder) -> None:
+        """Record usual steps and replay them: compiled ones where they are. Only where a kernel attends over slots."""
+        self._graph, self._needs_whole_rows = CapturedDraft(self._graph or self._run, record), True
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
@@ -217,7 +228,8 @@ class BlockDrafter:
         # One tensor and views of it: one copy to the device.
         flat = torch.tensor([n for part in numbers for n in part], device=self.device)
         places = flat.split([len(part) for part in numbers])
-        num_slots = self.block_size + max(visible)
+        whole_rows = for_graph and self._needs_whole_rows
+        num_slots = self.rows.keys[0].shape[1] if whole_rows else self.block_size + max(visible)
         mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
         if size > 1:
             ends = places[5][:, None, None, None] + self.block_size
@@ -236,11 +248,11 @@ class BlockDrafter:
             values=self.rows.values,
         )
 
-    def _run(self, step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, step: Step, noise: Tensor) -> Outputs:
         """A whole step; tensors only, so that it can be one graph."""
         return self._draw_ahead(step, *self._block(step), noise)
 
-    def _run_graph(self, step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run_graph(self, step: Step, noise: Tensor) -> Outputs:
         """As _run, in shapes of which there are few."""
         assert self._graph is not None
         batch = len(step.anchors)
@@ -256,10 +268,13 @@ class BlockDrafter:
         # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
         step = step._replace(**{n: getattr(step, n).clone() for n in ("features", "positions", "rows", "slots")})
         shape = (batch, self.length, self.model.config.vocab_size)
-        noise = noise if noise.shape == shape else noise.expand(shape).contiguous()
-        kind = (batch > 1, step.keys[0].shape)
+        return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
+
+    def _run_compiled(self, step: Step, noise: Tensor) -> Outputs:
+        assert self._compiled is not None
+        batch, kind = len(step.anchors), (len(step.anchors) > 1, step.keys[0].shape)
         if kind in self._built:
-            return self._graph(step, noise)
+            return self._compiled(step, noise)
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
@@ -268,7 +283,7 @@ class BlockDrafter:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
         with frozen_weights(self.device):
-            return self._graph(step, noise)
+            return self._compiled(step, noise)
 
     def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keep keys and values of context, without drafting."""
