@@ -83,6 +83,25 @@ def test_resize_gives_memory_back_and_wants_an_empty_cache() -> None:
     assert cache.num_free_slots == 10
 
 
+def test_allocated_at_once_its_tensors_stay_where_they_are() -> None:
+    cache = KVCache(5000)
+    cache.tensors(3, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 6))
+    cache.reserve(1, 10)
+    cache.storage[3][0][cache.slots_of(1)] = 7.0
+    cache.allocate()
+    for limit in (5000, 3000):
+        keys, num_moves = cache.storage[3][0], cache.num_moves
+        cache.reserve(2, limit - 10)
+        assert cache.storage[3][0] is keys and len(keys) == limit + 1 == cache.scratch + 1
+        assert cache.num_moves == num_moves
+        cache.check()
+        assert limit < 5000 or keys[cache.slots_of(1)].unique().tolist() == [7.0]
+        for request in cache.request_ids:
+            cache.release(request)
+        cache.resize(3000)
+        cache.reserve(1, 10)
+
+
 def test_check_finds_a_lost_slot() -> None:
     cache = KVCache(10)
     cache.reserve(1, 4)

@@ -71,6 +71,7 @@ class KVCache:
         self._owned: dict[int, _SlotList] = {}
         self._free: list[int] = []  # a stack of slots that were used before
         self._num_touched = 0  # slots from here on have never been handed out
+        self._grows = True
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
         self._num_owners = np.zeros(limit, dtype=np.int32)  # by slot
         self._spare: Spare | None = None
@@ -185,6 +186,12 @@ class KVCache:
             self._spare.retire()
         self._spare = spare
 
+    def allocate(self) -> None:
+        """Have memory behind every slot from now on, so that tensors stay where they are until the cache is resized."""
+        self._grows = False
+        if self._num_allocated < self.limit:
+            self._grow(self.limit)
+
     def resize(self, limit: int) -> None:
         """Set the number of slots and give the memory back; only while no request has any."""
         assert not self._owned, f"requests {self.request_ids} still have slots"
@@ -193,7 +200,7 @@ class KVCache:
             self._spare.give_back(self.limit)
         self.limit, self._free, self._num_touched = limit, [], 0
         self._num_owners = np.zeros(limit, dtype=np.int32)
-        self._num_allocated = min(_FIRST_ALLOCATION, limit)
+        self._num_allocated = min(_FIRST_ALLOCATION, limit) if self._grows else limit
         self.num_moves += 1
         for layer, (keys, values) in self.storage.items():
             self.storage[layer] = (self._empty_like(keys), self._empty_like(values))

@@ -188,9 +188,26 @@ class Target:
                 self.release(request)
         _log.info("compiling %s took %.1f s", self.name, time.perf_counter() - start)
         if self.device.type == "cuda":
+            self._settle_cache()
             self._recorder = self._recorder or GraphRecorder(self.device)
             self.capture(self._recorder, feature_layers)
         return feature_layers in self._compiled
+
+    def _settle_cache(self) -> None:
+        """Let the cache have all its memory on CUDA, if there is plenty: recordings are lost when its tensors move."""
+        if self.cache.num_allocated == self.cache.limit:
+            return
+        tensors = [tensor for pair in self.cache.storage.values() for tensor in pair]
+        num_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors) * self.cache.limit
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if num_bytes < free / 2:
+            self.cache.allocate()
+            return
+        _log.warning(
+            "the cache of %s grows with use, and steps are recorded anew whenever it does: all its %d slots would take %.1f "
+            "of %.1f GB that are free; ask for fewer",
+            *(self.name, self.cache.limit, num_bytes / 2**30, free / 2**30),
+        )
 
     def capture(self, record: Recorder, feature_layers: tuple[int, ...] = ()) -> None:
         """Record short forwards at each size's first use and replay them from then on: compiled ones where they are."""
