@@ -137,13 +137,16 @@ class _Inputs:
 
     def _complete(self, cells: np.ndarray, num_requests: int) -> None:
         """Give tokens that are padding their places among the B * N queries, and send everything; cells [T']: taken."""
-        num_tokens, num_queries = len(cells), self.size.queries
-        free = np.setdiff1d(np.arange(self.size.requests * num_queries), cells)
-        # In requests that are padding first, because those have next to no keys.
-        last = free < num_requests * num_queries
-        free = free[np.argsort(last, kind="stable")][: self.size.tokens - num_tokens]
-        self.host["back"][:] = np.concatenate([cells, free])
-        self.host["rows"].reshape(-1)[free] = np.arange(num_tokens, self.size.tokens)
+        num_tokens, back = len(cells), self.host["back"]
+        back[:num_tokens] = cells
+        if num_tokens < self.size.tokens:
+            is_free = np.ones(self.size.requests * self.size.queries, dtype=bool)
+            is_free[cells] = False
+            free, first = np.flatnonzero(is_free), num_requests * self.size.queries
+            # In requests that are padding first, because those have next to no keys.
+            free = np.concatenate([free[free >= first], free[free < first]])[: self.size.tokens - num_tokens]
+            back[num_tokens:] = free
+            self.host["rows"].reshape(-1)[free] = np.arange(num_tokens, self.size.tokens)
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
