@@ -16,7 +16,7 @@ from torch import Tensor
 import dspark.verify
 from dspark.errors import InvalidConfiguration
 from dspark.sampling import Draws, KeyedDraws, law
-from dspark.types import Draft, Load, Request, SamplingParams
+from dspark.types import Draft, Load, Request, SamplingParams, Verdict
 from dspark.verify import Coupled, Rejection, make_rule
 from tests.enumeration import (
     CHAIN,
@@ -416,3 +416,32 @@ def test_rules_by_name() -> None:
     assert isinstance(make_rule("rejection", draws), Rejection)
     with pytest.raises(InvalidConfiguration, match="coupled, rejection"):
         make_rule("typo", draws)
+
+
+@pytest.mark.parametrize("draws_outright", [False, True])
+def test_chances_are_how_often_each_token_is_accepted_once_it_is_reached(draws_outright: bool) -> None:
+    """Every draft token that the draft's law allows, every branch of the rule: two positions of a chain, and the end."""
+    p, q = (torch.rand(3, 4, generator=torch.Generator().manual_seed(s), dtype=torch.double) for s in (0, 1))
+    logits, laws, keep = p.log().float(), (q / q.sum(1, keepdim=True))[None, :2], torch.tensor([[True, True]])
+    request, p = Request(0, [1, 2], SamplingParams(seed=3), num_prompt_tokens=1), (p.log().float().double()).softmax(1)
+
+    def judge(draws: Draws, tokens: list[int], reports_chances: bool = True) -> Verdict:
+        rule = Rejection(draws)
+        rule.reports_chances = reports_chances
+        draft = Draft(torch.tensor([tokens]), torch.tensor([2]), probs=None if draws_outright else laws)
+        return rule.verify(draft, keep, logits, [request])
+
+    reached, accepted = torch.zeros(2), torch.zeros(2)
+    first = [2] if draws_outright else range(4)
+    for tokens in ([x, y] for x in first for y in ([1] if draws_outright else range(4))):
+        weight = 1.0 if draws_outright else float(laws[0, 0, tokens[0]] * laws[0, 1, tokens[1]])
+        for outcome, probability in law_of(lambda draws, t=tokens: tuple(judge(draws, t).accepted[0].tolist())).items():
+            reached += weight * probability * torch.tensor([1.0, float(outcome[0])])
+            accepted += weight * probability * torch.tensor(outcome)
+    told = judge(KeyedDraws(4), [2, 1])
+    expected = p[[0, 1], [2, 1]] if draws_outright else torch.minimum(p[:2], laws[0]).sum(1)
+    assert torch.allclose(accepted / reached, expected.float(), atol=1e-6)
+    num_reached = min(2, int(told.accepted.sum()) + 1)
+    assert torch.allclose(told.chances[0, :num_reached], expected[:num_reached])
+    assert told.chances[0, num_reached:].isnan().all()
+    assert judge(KeyedDraws(4), [2, 1], reports_chances=False).chances is None

@@ -258,10 +258,15 @@ class Draft:
 
 @dataclass
 class Verdict:
-    """accepted [B, K] marks one root path per request; next_tokens [B] continues it."""
+    """accepted [B, K] marks one root path per request; next_tokens [B] continues it.
+
+    chances [B, K]: how likely each token was to be accepted before it was drawn, given that its ancestors were; not a
+    number where that is not known. None: nobody asked, or the rule knows no more than what happened.
+    """
 
     accepted: Tensor
     next_tokens: Tensor
+    chances: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,7 @@ class StepRecord:
     kept: Tensor | None = None
     chosen: Tensor | None = None  # [B, K] the scheduler's own choice, where more was kept to learn from it
     accepted_nodes: Tensor | None = None
+    chances: Tensor | None = None  # [B, K] of being accepted, as far as the rule knows them (Verdict)
     parents: Tensor | None = None  # None: chains
     load: Load | None = None  # what the scheduler was told
     num_asked: int = 0  # requests that the drafter was asked about
@@ -414,6 +420,7 @@ class Rule(Protocol):
     """How drafters draw and how drafts are judged; the two belong together (verify.py has both rules)."""
 
     allows_anticipation: bool  # lossless whatever the scheduler looks at
+    reports_chances: bool  # whether somebody wants verdicts with `chances`
 
     def draft(
         self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]

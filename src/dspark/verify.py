@@ -24,6 +24,7 @@ from dspark.types import Draft, Request, Rule, Verdict
 
 class Coupled:
     allows_anticipation = True
+    reports_chances = False  # noise that draft and target share decides: there is nothing to know but what happened
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
@@ -78,6 +79,7 @@ class Coupled:
 
 class Rejection:
     allows_anticipation = False
+    reports_chances = False
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
@@ -101,6 +103,9 @@ class Rejection:
 
     def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
         accepted, next_tokens, first_row = torch.zeros_like(keep), [], 0
+        # Of siblings, who comes first has a say in the others' chances: only chains are reported.
+        has_chances = self.reports_chances and draft.parents is None
+        chances = torch.full(keep.shape, torch.nan, dtype=torch.double) if has_chances else None
         for b, (request, columns) in enumerate(zip(requests, _columns(draft, keep), strict=True)):
             tree = Tree(*columns)
             rows = logits[first_row : first_row + len(tree.rows)]
@@ -110,9 +115,12 @@ class Rejection:
             draft_law = None if draft.probs is None else draft.probs[b].double()
             path, token = self._walk(tree, target_law, draft_law, request)
             accepted[b, path] = True
+            if chances is not None:
+                num_reached = min(len(path) + 1, len(tree.rows) - 1)
+                chances[b, :num_reached] = _chances(target_law, draft_law, tree.tokens[:num_reached])
             next_tokens.append(token)
             first_row += len(tree.rows)
-        return Verdict(accepted, torch.tensor(next_tokens))
+        return Verdict(accepted, torch.tensor(next_tokens), chances)
 
     def _walk(
         self, tree: Tree, target_law: Tensor, draft_law: Tensor | None, request: Request
@@ -176,6 +184,14 @@ def make_rule(name: str, draws: Draws) -> Rule:
 def _log_law(scores: Tensor, temperature: Tensor) -> Tensor:
     """Temperature 0 keeps the scores as they are: the one-hot limit would leave no second choice."""
     return torch.log_softmax(scores / torch.where(temperature > 0, temperature, 1.0), -1)
+
+
+def _chances(target_law: Tensor, draft_law: Tensor | None, tokens: list[int]) -> Tensor:
+    """[n]  of a chain's first tokens: what both laws have in common, 1 less their total variation."""
+    judges = target_law[: len(tokens)]
+    if draft_law is None:  # picked outright
+        return judges.gather(1, torch.tensor(tokens, dtype=torch.long, device=judges.device)[:, None])[:, 0].cpu()
+    return torch.minimum(judges, draft_law[: len(tokens)]).sum(-1).cpu()
 
 
 def _all_on(token: int, like: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class World:
     slope: float = 1.0
     offsets: tuple[float, ...] = (0.0,) * 7
     states_confidence: bool = True
+    spread: float = 0.0  # of each token's own chance around that, as far as it can be; outcomes follow the token's own
+    knows_chances: bool = False  # as the rejection rule does
     seed: int = 0
     generator: torch.Generator = field(init=False)
 
@@ -65,10 +67,15 @@ class World:
             kept = chosen.clone()
             if hasattr(beliefs, "wants_whole"):
                 kept |= beliefs.wants_whole(self.num_requests)[:, None]
-            outcome = torch.rand(truth.shape, generator=self.generator) < truth
+            room = self.spread * torch.minimum(truth, 1 - truth)
+            chances = truth + room * (2 * torch.rand(truth.shape, generator=self.generator) - 1)
+            outcome = torch.rand(truth.shape, generator=self.generator) < chances
             accepted = (outcome & kept).long().cumprod(1).bool()
             record = StepRecord(request_ids=[r.id for r in requests], confidence=draft.confidence, survival=survival)
             record.kept, record.chosen, record.accepted_nodes = kept, chosen, accepted
+            if self.knows_chances:
+                is_reached = kept & torch.cat([torch.ones_like(accepted[:, :1]), accepted[:, :-1]], 1)
+                record.chances = torch.where(is_reached, chances, torch.nan).double()
             beliefs.observe(record)
         return errors
 

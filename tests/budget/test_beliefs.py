@@ -56,6 +56,22 @@ def test_trimmed_tokens_do_not_bend_what_is_learned() -> None:
     assert believed[2:].max() < 0.01 < truth.mean(0)[2:5].min() / 2
 
 
+def test_chances_teach_more_than_outcomes_do_and_the_same() -> None:
+    """Each token's own chance is known to the rule, not to the drafter; what is learned is their mean, from fewer drafts."""
+
+    def mean_error(knows_chances: bool, num_steps: int) -> float:
+        errors = []
+        for seed in range(3):
+            live, serving = LiveBeliefs(), world(spread=0.8, knows_chances=knows_chances, seed=seed)
+            serving.serve(live, num_steps, threshold=0.15)
+            live.learn_waiting()
+            errors.append(serving.calibration_error(live))
+        return sum(errors) / len(errors)
+
+    assert mean_error(True, 10) < 0.9 * mean_error(False, 30)
+    assert mean_error(True, 200) < 0.012  # trimming does not bend it
+
+
 @pytest.mark.parametrize("is_weighed", [True, False])
 def test_a_choice_by_what_the_map_cannot_see_is_weighed_out(is_weighed: bool) -> None:
     """Easy drafts are always verified and hard ones only when drawn: without weights the hard ones would be forgotten."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dspark import Draft, Engine, SamplingParams, StepRecord
 from dspark.budget.beliefs import LiveBeliefs, LiveSettings
-from dspark.types import Load
+from dspark.types import Load, Request, Rule
 from engine.models import OracleDrafter, random_target
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -21,6 +22,19 @@ class Sceptic:
 
     def choose(self, draft: Draft, survival: torch.Tensor, load: Load) -> torch.Tensor:
         return draft.real & (draft.depth <= 1)
+
+
+class Echo:
+    """Expects the last two tokens again."""
+
+    feature_layers: tuple[int, ...] = ()
+    length = 2
+
+    def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        return Draft(torch.tensor([r.tokens[-2:] for r in requests]), torch.full((len(requests),), 2))
+
+    def release(self, request_id: int) -> None:
+        pass
 
 
 def test_whole_drafts_are_verified_for_those_who_ask(tmp_path: Path) -> None:
@@ -52,3 +66,18 @@ def test_whole_drafts_are_verified_for_those_who_ask(tmp_path: Path) -> None:
     assert 0 < sum(beliefs.running_error.num_tokens) < learned
     records, _ = run("fixed:2", 1.0)  # a length that the user fixed is never exceeded
     assert max(int(r.kept.sum(1).max()) for r in records) == 2 and all(r.chosen is None for r in records)
+
+
+def test_beliefs_are_told_chances_where_the_rule_knows_them(tmp_path: Path) -> None:
+    target = random_target(tmp_path)
+
+    def chances(rule: str, scheduler: str) -> list[torch.Tensor | None]:
+        records: list[StepRecord] = []
+        engine = Engine(target, Echo(), scheduler, rule=rule, observers=[records.append])  # type: ignore[list-item]
+        engine.generate(PROMPTS, SamplingParams(max_tokens=20, seed=0))
+        return [r.chances for r in records if r.kept is not None and r.kept.any()]
+
+    told = chances("rejection", "lagged")
+    assert told and all(c is not None and ((c >= 0) & (c <= 1) | c.isnan()).all() for c in told)
+    assert any(c is not None and not c.isnan().all() for c in told)
+    assert not any(c is not None for c in [*chances("coupled", "optimal"), *chances("rejection", "fixed:2")])

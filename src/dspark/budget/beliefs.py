@@ -1,6 +1,8 @@
 """What is believed of a draft, kept true while serving.
 
-It is right under censoring: only tokens that were verified, and whose ancestors were all accepted, are labels. A small
+It is right under censoring: only tokens that were verified, and whose ancestors were all accepted, are labels. Where the
+acceptance rule knows how likely a token was to be accepted (rejection: what draft and target law have in common), that is
+the label, else what happened. A small
 share of drafts is verified whole; there, tokens that the scheduler would have left out weigh more (inverse propensity),
 because they stand for many that nobody looked at.
 """
@@ -69,7 +71,7 @@ class _Outcome:
     asked: _Asked
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
-    happened: Array
+    happened: Array  # 0 or 1, or how likely it was to happen
     believed: Array
     chosen: NDArray[np.bool_] | None  # [B, K] by the scheduler, before whole drafts were drawn
     drafts: list[int]  # rows with any such token
@@ -190,7 +192,7 @@ class LiveBeliefs:
         chosen = None if record.chosen is None else record.chosen.numpy()
         if chosen is not None and record.chosen is not record.kept:
             self.num_full += int((chosen != kept.numpy()).any(1).sum())
-        labels = happened[rows, columns].astype(np.float64), asked.believed[rows, columns]
+        labels = _labels(record, rows, columns), asked.believed[rows, columns]
         return _Outcome(asked, rows, columns, *labels, chosen, sorted({*rows.tolist()}))
 
     def _weights(self, outcome: _Outcome) -> Array:
@@ -298,3 +300,13 @@ class LiveBeliefs:
                 "they are learned anew"
             ) from error
         self.classes = learners
+
+
+def _labels(record: StepRecord, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
+    """[N]  what came of these tokens; how likely that was, where it is known, is the same on average and less of a gamble."""
+    assert record.accepted_nodes is not None
+    happened = record.accepted_nodes.numpy()[rows, columns].astype(np.float64)
+    if record.chances is None:
+        return happened
+    chances = record.chances.numpy()[rows, columns]
+    return np.where(np.isnan(chances), happened, chances)

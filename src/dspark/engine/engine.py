@@ -96,6 +96,7 @@ class Engine:
         self.beliefs = beliefs
         # A length that the user fixed is never exceeded.
         self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs
+        self.rule.reports_chances = heeds_beliefs
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
         self._learners: list[Any] = [
@@ -255,7 +256,7 @@ class Engine:
                 keep = torch.cat([keep, keep.new_zeros(len(judged) - len(decoding), keep.shape[1])])
             verdict = self.rule.verify(draft, keep, out.logits, judged)
             lap("verify")
-            self._record(record, decoding, draft, keep, verdict.accepted)
+            self._record(record, decoding, draft, keep, verdict)
             record.rate, record.best_rate = rates(self.capacity, record)
             self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
             lap("commit")
@@ -436,9 +437,9 @@ class Engine:
         request.num_cached = 0
 
     def _record(
-        self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, accepted: Tensor
+        self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict
     ) -> None:
-        n = len(decoding)
+        n, accepted = len(decoding), verdict.accepted
         record.request_ids = [r.id for r in decoding]
         record.drafted = draft.sizes[:n].tolist()
         record.verified = keep[:n].sum(1).tolist()
@@ -446,6 +447,7 @@ class Engine:
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
         record.parents = None if draft.parents is None else draft.parents[:n]
         record.kept, record.accepted_nodes = keep[:n], accepted[:n]
+        record.chances = None if verdict.chances is None else verdict.chances[:n]
 
 
 def _known_capacity(about: Fingerprint) -> Capacity:
