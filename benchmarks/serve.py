@@ -4,10 +4,10 @@
     python benchmarks/serve.py --quick
 
 starts `dspark serve` in a process of its own and talks to it with streaming clients, taking turns with the same engine
-in this process, which writes the same text. Closed loop: clients begin one after another, and each asks again as soon as
-it has its answer; the engine's own speed is that of as many requests, the next as soon as one has ended. What the
-server adds to the first token and between events is against an engine whose requests come when the server's did: who
-comes while a step runs waits for its end on both sides.
+in this process, which writes the same text. Closed loop: clients begin one after another, and each asks again up to 0.1 s
+after it has its answer; the engine's own speed is that of requests that come in the same way. What the server adds to
+the first token and between events is against an engine whose requests come when the server's did: who comes while a step
+runs waits for its end on both sides.
 Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
 --minutes: the closed loop for so long, and what the server's memory does. --peer needs transformers[serving] and
 accelerate; both sides then answer the same requests at temperature 0, up to the target's end token.
@@ -38,6 +38,7 @@ if not __package__:
 
 import httpx
 import torch
+import uvloop
 
 from benchmarks import prompts
 from benchmarks.serve_loads import Load, ask_closed, ask_open, closed, greedy, own, sampled
@@ -51,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--drafter", default="dspark", help="of both sides (default dspark)")
     add("--scheduler", default="auto", help="of both sides (default auto)")
     add("--dtype", default="float32", choices=["bfloat16", "float32"])
+    add("--compile", action="store_true", help="both sides compiled, as users should run them (with --dtype bfloat16)")
     add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
     add("--clients", default="1,8,32", help="closed loop: clients at once (default 1,8,32)")
     add("--requests-per-client", type=int, default=4, help="(default 4)")
@@ -81,7 +83,7 @@ def started(command: Sequence[str], port: int, ready: str) -> Iterator[str]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 600
             while not _answers(url + ready):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = prompts.load(options.prompts) if options.prompts else prompts.built_in()
     texts = [prompt.text for prompt in prompts.by_turns(found)]
     target = load_target(options.target, dtype=options.dtype, device="cpu")
-    engine = Engine(target, load_drafter(options.drafter, target), options.scheduler)
+    engine = Engine(target, load_drafter(options.drafter, target), options.scheduler, compile=options.compile)
     report: dict[str, Any] = {}
     loads: list[Load] = []
     with ExitStack() as stack:
@@ -124,18 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "dspark", "serve", options.target, "--port", str(port)]
         command += ["--drafter", options.drafter, "--scheduler", options.scheduler, "--dtype", options.dtype]
         command += ["--threads", str(options.threads), "--served-model-name", "ours"]
-        command += ["--prefix-tokens", str(options.prefix_tokens)]
+        command += ["--prefix-tokens", str(options.prefix_tokens), *["--compile"][: options.compile]]
         url = stack.enter_context(started(command, port, "/ready"))
         for clients in map(int, options.clients.split(",")):
             loads += _beside_engine(engine, url, texts, clients, options)
         if options.rate:
             load = Load("server, open loop", 0)
             asked = sampled(_texts(texts, 32 if options.quick else 200), options.tokens)
-            asyncio.run(ask_open(url, load, asked, options.rate))
+            uvloop.run(ask_open(url, load, asked, options.rate))
             _print_load(load, f"{options.rate:g} requests/s arriving at random")
             loads.append(load)
         if options.minutes:
-            report["memory"] = asyncio.run(_soak(url, texts, options))
+            report["memory"] = uvloop.run(_soak(url, texts, options))
         if options.peer:
             loads += _beside_peer(url, texts, options, Path(target.config._name_or_path))
     if options.json:
@@ -223,13 +225,15 @@ def _print_sides(loads: Sequence[Load]) -> None:
         for s, e in zip(server, same, strict=True)
         for ours, alone in zip(s.first_token, e.first_token, strict=True)
     )
+    client = statistics.median(load.client_seconds / sum(map(len, load.events)) for load in server)
     cpu, own_cpu = (statistics.median(x.cpu_seconds / x.num_tokens for x in side) for side in (server, engine))
     added_gap = gap - statistics.median(x for load in same for x in load.gaps)
     print(
         f"{server[0].clients:3d} clients: server {statistics.median(x.speed for x in server):6.0f} tokens/s, "
         f"{100 * share:.0f} % of the engine's {statistics.median(x.speed for x in engine):.0f}; "
         f"first token {1000 * first:.1f} ms, {1000 * added:+.1f}; between events {1000 * gap:.1f} ms, "
-        f"{1000 * added_gap:+.1f}; processor time per token {1000 * cpu:.2f} ms, {100 * (cpu / own_cpu - 1):+.0f} %",
+        f"{1000 * added_gap:+.1f}; processor time per token {1000 * cpu:.2f} ms, {100 * (cpu / own_cpu - 1):+.0f} %, "
+        f"and {1000 * client:.2f} ms of the clients per event",
         flush=True,
     )
 

@@ -11,15 +11,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
+import uvloop
 
 from dspark import Engine, SamplingParams
 from dspark.types import Request
 
 RAMP_SECONDS = 0.5  # over which clients of a closed loop begin, one after another: a flash crowd is another load
+# Clients of a closed loop read for up to so long before they ask again. One that asks at once comes when a step has just
+# begun, each time, and waits for all of it; the same arrivals meet the engine's steps anywhere.
+PAUSE_SECONDS = 0.1
 Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's body holds
 
 
@@ -27,9 +33,10 @@ Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's
 class Load:
     """What one side did with one load. Seconds since it began.
 
-    cpu_seconds  of this side's whole process meanwhile, where it was asked for
-    arrivals     of requests
-    events       of each request: when tokens of it came
+    cpu_seconds     processor time of this side's whole process meanwhile, where it was asked for
+    client_seconds  processor time of the clients, who may share the server's cores
+    arrivals        of requests
+    events          of each request: when tokens of it came
     """
 
     side: str
@@ -38,6 +45,7 @@ class Load:
     num_failed: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    client_seconds: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     events: list[list[float]] = field(default_factory=list)
 
@@ -68,22 +76,23 @@ class Load:
 def own(
     engine: Engine, texts: Sequence[str], clients: int, tokens: int, arrivals: Sequence[float] | None = None
 ) -> Load:
-    """The engine alone, stepped here: as many requests at once, the next as soon as one has ended.
+    """The engine alone, stepped here, for clients like those of the server.
 
     arrivals  when requests come instead, whether or not others have ended
     """
     load, began = Load("engine" if arrivals is None else "engine, same arrivals", clients), time.perf_counter()
-    load.cpu_seconds = -time.process_time()
+    load.cpu_seconds, pauses = -time.process_time(), random.Random(0)
     waiting, running, num_seen = deque(enumerate(texts)), dict[Request, list[float]](), dict[Request, int]()
+    asks = [n * RAMP_SECONDS / clients for n in range(clients)] if arrivals is None else list(arrivals)
+    heapify(asks)
     while waiting or running:
         now = time.perf_counter() - began
-        num_begun = min(clients, 1 + int(now * clients / RAMP_SECONDS))
-        while waiting and (len(running) < num_begun if arrivals is None else arrivals[waiting[0][0]] <= now):
+        while waiting and asks and asks[0] <= now:
             seed, text = waiting.popleft()
             params = SamplingParams(temperature=1, seed=seed, max_tokens=tokens, ignore_eos=True)
-            running[engine.submit(text, params)] = load.arrive(now if arrivals is None else arrivals[seed])
-        if not running and arrivals is not None:
-            time.sleep(max(0.0, arrivals[waiting[0][0]] - now))
+            running[engine.submit(text, params)] = load.arrive(heappop(asks))
+        if not running:
+            time.sleep(max(0.0, asks[0] - now))
             continue
         engine.step()
         now = time.perf_counter() - began
@@ -94,6 +103,8 @@ def own(
             if request.finish_reason:
                 load.num_tokens += len(request.generated)
                 del running[request]
+                if arrivals is None:
+                    heappush(asks, now + pauses.uniform(0, PAUSE_SECONDS))
     load.seconds = time.perf_counter() - began
     load.cpu_seconds += time.process_time()
     return load
@@ -115,57 +126,98 @@ def greedy(texts: Sequence[str], tokens: int, model: str) -> Asked:
 
 
 def closed(side: str, url: str, clients: int, requests: Asked) -> Load:
-    """So many clients, each of whom asks again as soon as it has its answer."""
+    """So many clients, each of whom asks again soon after its answer has ended."""
     load = Load(side, clients)
-    asyncio.run(ask_closed(url, load, requests))
+    uvloop.run(ask_closed(url, load, requests))
     return load
 
 
 async def ask_closed(url: str, load: Load, requests: Asked) -> None:
-    async with _client(url) as client:
-        began = time.perf_counter()
+    began, pauses = time.perf_counter(), random.Random(0)
+    load.client_seconds = -time.process_time()
 
-        async def one(number: int) -> None:
-            await asyncio.sleep(number * RAMP_SECONDS / load.clients)
-            for text, asked in requests:
-                await _ask(client, load, began, text, asked)
+    async def one(number: int) -> None:
+        await asyncio.sleep(number * RAMP_SECONDS / load.clients)
+        connection = await connect(url)
+        for text, asked in requests:
+            await _ask(connection, load, began, text, asked)
+            await asyncio.sleep(pauses.uniform(0, PAUSE_SECONDS))
+        connection.close()
 
-        await asyncio.gather(*(one(number) for number in range(load.clients)))
-        load.seconds = time.perf_counter() - began
+    await asyncio.gather(*(one(number) for number in range(load.clients)))
+    load.seconds = max(events[-1] for events in load.events if events)
+    load.client_seconds += time.process_time()
 
 
 async def ask_open(url: str, load: Load, requests: Asked, rate: float) -> None:
     """Requests at random, so many a second, whether or not earlier ones have ended."""
     chance = random.Random(0)
-    async with _client(url) as client:
-        began, asking = time.perf_counter(), []
-        for text, asked in requests:
-            asking.append(asyncio.ensure_future(_ask(client, load, began, text, asked)))
-            await asyncio.sleep(chance.expovariate(rate))
-        await asyncio.gather(*asking)
-        load.seconds = time.perf_counter() - began
+    began, asking = time.perf_counter(), []
+
+    async def one(text: str, asked: dict[str, Any]) -> None:
+        connection = await connect(url)
+        await _ask(connection, load, began, text, asked)
+        connection.close()
+
+    for text, asked in requests:
+        asking.append(asyncio.ensure_future(one(text, asked)))
+        await asyncio.sleep(chance.expovariate(rate))
+    await asyncio.gather(*asking)
+    load.seconds = time.perf_counter() - began
 
 
-async def _ask(client: httpx.AsyncClient, load: Load, began: float, text: str, asked: dict[str, Any]) -> None:
+async def _ask(connection: Connection, load: Load, began: float, text: str, asked: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": text}], "stream": True, **asked}
     body["stream_options"] = {"include_usage": True}
-    events, usage = load.arrive(time.perf_counter() - began), None
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-            reply.raise_for_status()
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                now, event = time.perf_counter() - began, json.loads(line[6:])
-                usage = event.get("usage") or usage
-                if any(choice["delta"].get("content") for choice in event["choices"]):
-                    events.append(now)
-    except httpx.HTTPError as error:
-        print(f"a request failed: {error!r}", file=sys.stderr)
-        load.num_failed += 1
-        return
+    events, usage, rest = load.arrive(time.perf_counter() - began), None, b""
+    status, pieces = await connection.ask("/v1/chat/completions", json.dumps(body).encode())
+    for at, piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n\n")
+        for event in (json.loads(data[6:]) for data in whole if data.startswith(b"data: {")):
+            usage = event.get("usage") or usage
+            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                events.append(at - began)
     load.num_tokens += usage["completion_tokens"] if usage else len(events)
+    if status != 200 or not events:
+        print(f"a request failed with status {status}: {rest.decode(errors='replace')[:300]}", file=sys.stderr)
+        load.num_failed += 1
 
 
-def _client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
+class Connection(asyncio.Protocol):
+    """HTTP/1.1 with next to no work for a piece of an answer, because clients share the server's cores: it is read later."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._done = asyncio.get_running_loop().create_future()
+
+    async def ask(self, path: str, body: bytes) -> tuple[int, list[tuple[float, bytes]]]:
+        """The status, and pieces of the reply's body with the moments when they came."""
+        self._done, self._pieces = asyncio.get_running_loop().create_future(), list[tuple[float, bytes]]()
+        self._parser = httptools.HttpResponseParser(self)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await asyncio.wait_for(self._done, 600)
+        return self._parser.get_status_code(), self._pieces
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append((self._now, body))
+
+    def on_message_complete(self) -> None:
+        self._done.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._done.done():
+            self._done.set_exception(ConnectionError("the server closed the connection in the midst of an answer"))
+
+
+async def connect(url: str) -> Connection:
+    address = urlsplit(url)
+    _, made = await asyncio.get_running_loop().create_connection(Connection, address.hostname, address.port)
+    return made
