@@ -7,7 +7,6 @@ the anchor, as keys and values that are computed once.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
 from dspark.target.captured import GraphRecorder, Outputs, Recorder
-from dspark.target.compiled import few_guards, frozen_weights
+from dspark.target.compiled import frozen_weights
+from dspark.target.direct import Direct
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
 from dspark.types import Draft, Request, Rule
@@ -100,7 +100,7 @@ class BlockDrafter:
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
-        self._compiled: Callable[[Step, Tensor], Outputs] | None = None
+        self._compiled: dict[bool, Direct] = {}  # by whether there is more than one request
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
         self._needs_whole_rows = False
         self._built: set[tuple[bool, torch.Size]] = set()  # steps that the graph has been called for
@@ -120,10 +120,7 @@ class BlockDrafter:
                 torch._check(tensor.shape[1] == step.keys[0].shape[1])
             return self._run(step, noise)
 
-        # The compiler keeps graphs by code object, and only a few for each: every drafter has one of its own.
-        code = step.__code__.replace(co_name=f"draft_{id(self)}")
-        own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-        self._compiled = torch.compile(own, fullgraph=True, options=few_guards())
+        self._compiled = {many: Direct(step, f"draft_{id(self)}_{many}") for many in (False, True)}
         self._graph = self._run_compiled
         if self.device.type == "cuda" and kernel_for(self.model.fc.weight, self.block_size) is not None:
             self.capture(GraphRecorder(self.device))
@@ -271,10 +268,10 @@ class BlockDrafter:
         return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
 
     def _run_compiled(self, step: Step, noise: Tensor) -> Outputs:
-        assert self._compiled is not None
         batch, kind = len(step.anchors), (len(step.anchors) > 1, step.keys[0].shape)
+        compiled = self._compiled[batch > 1]
         if kind in self._built:
-            return self._compiled(step, noise)
+            return compiled(step=step, noise=noise)
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
@@ -283,7 +280,7 @@ class BlockDrafter:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
         with frozen_weights(self.device):
-            return self._compiled(step, noise)
+            return compiled.build(step=step, noise=noise)
 
     def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keep keys and values of context, without drafting."""

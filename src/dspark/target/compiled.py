@@ -8,13 +8,13 @@ graph holds a copy of them, and later changes of the weights are not seen.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dspark.target.direct import Direct
 from dspark.target.kv_cache import KVCache
 from dspark.target.linears import with_packed_linears
 from dspark.target.modules import capture_outputs, decoder_layers, with_layers, with_own_hooks
@@ -53,7 +53,7 @@ class CompiledForward:
         capture_outputs(hooked, feature_layers, self._captured)
         self._model: Any = with_layers(packed, layers, hooked)
         self._storage_of = tuple(cache.storage)
-        self._graphs: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+        self._graphs: dict[str, Direct] = {}
 
     def takes(self, plan: Plan, num_logits: int) -> bool:
         """Whether there is a graph for this forward: sizes of 0 and 1 would be compiled in, so it needs more."""
@@ -88,7 +88,7 @@ class CompiledForward:
                 logits, features = self._graphs[kind](**arrays, pairs=pairs)
         return logits if len(logits) == num_rows else logits[:num_rows], features
 
-    def _compile(self, kind: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def _compile(self, kind: str) -> Direct:
         model, captured, storage_of = self._model, self._captured, self._storage_of
         shared, is_alone = dict(self._cache.shared), kind == _ALONE
 
@@ -122,10 +122,7 @@ class CompiledForward:
                 captured[place] = None
             return output.logits[0], features
 
-        # The compiler keeps graphs by code object, and only a few for each: give every graph one of its own.
-        code = step.__code__.replace(co_name=f"step_{id(self)}_{kind.replace(' ', '_')}")
-        own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-        return torch.compile(own, fullgraph=True, options=few_guards())
+        return Direct(step, f"step_{id(self)}_{kind.replace(' ', '_')}")
 
 
 def frozen_weights(device: torch.device) -> Any:
@@ -138,16 +135,6 @@ def frozen_weights(device: torch.device) -> Any:
     is_cpu = device.type == "cpu"
     names = ("freezing", "cpp.enable_concat_linear", "cpp_wrapper")
     return torch._inductor.config.patch(dict.fromkeys(names, is_cpu) | {"size_asserts": not is_cpu})
-
-
-def few_guards() -> dict[str, Any]:
-    """Options of torch.compile: ask at a call about its tensors and sizes only, not whether a frozen model has changed.
-
-    Hundreds of questions about modules and globals cost up to a tenth of a small step.
-    """
-    can_choose = hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")  # came with guard_filter_fn
-    asked = ("TENSOR_MATCH", "SHAPE_ENV")
-    return {"guard_filter_fn": lambda guards: [guard.guard_type in asked for guard in guards]} if can_choose else {}
 
 
 def _kind_of(group: Group) -> str:
