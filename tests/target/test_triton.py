@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from target.test_kernels import Case, Kernel
 
 pytest.importorskip("triton")
+
+import triton
+from triton.errors import TritonError
 
 from dspark.target import kernels, tilings, triton_attention
 from dspark.target.tilings import Geometry, Shape, Tiling
@@ -55,6 +62,34 @@ def test_what_is_known_to_be_fast_is_taken_unless_the_order_is_fixed(
         kernel.attend_slots = attend_slots
         case.assert_equal(kernel)
     assert taken == [fast, tilings.SHORT_SPANS]
+
+
+def test_tuning_tries_tilings_and_keeps_the_fastest_that_fits(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shapes, tried = (Shape(1, 1, 32), Shape(1, 2, 32)), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tilings, "SHAPES", shapes)
+    monkeypatch.setattr(tilings, "_CHOICES", {"rows": (16, 32), "keys": (32, 128)})
+    monkeypatch.setattr(tilings, "known", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+
+    def clock(call: Any, **_: Any) -> float:
+        """Large tiles are fast, if there is room for them."""
+        (tiling,) = call.args
+        tried.append(tiling)
+        if tiling.keys > 64:
+            raise TritonError("out of resource: shared memory")
+        assert call().isfinite().all()
+        return 1.0 / tiling.rows / tiling.keys
+
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    layers = [(torch.zeros(2, 1, 16, device=kernel.device), torch.zeros(2, 1, 16, device=kernel.device))] * 2
+    kernels.tune(2, layers)
+    fastest = replace(tilings.SHORT_SPANS, rows=32)
+    assert tilings.known == {Geometry(2, 1, 16, 16, "float32"): dict.fromkeys(shapes, fastest)}
+    assert len(tried) == 2 * 4  # of each shape, and nothing for the second layer, which is like the first
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]
 
 
 def test_compilers_know_its_shape_without_running_it(kernel: Kernel) -> None:
