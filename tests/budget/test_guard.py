@@ -171,7 +171,7 @@ def test_prompts_that_the_drafter_reads_are_part_of_what_it_costs(prompt_tokens)
 def test_requests_that_come_and_go_do_not_have_everything_decided_anew():
     """A request that reads its prompt leaves one less to draft for, for a step: what was decided for all still holds."""
     guard = Guard(Machine(per_token=1.0, per_draft=1.0))
-    guard._num_judged, guard.is_drafting, guard._probe_loss, guard._now = 24, False, np.inf, 9
+    guard._num_judged, guard.is_drafting, guard._probe_spacing, guard._now = 24, False, np.inf, 9
     decided = []
     guard._decide = lambda ids, load: decided.append(len(ids))
     guard.choose([0, 1, 2, 3], Load(4, 4, 400))

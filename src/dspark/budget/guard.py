@@ -89,7 +89,7 @@ class Guard:
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
-        self._probe_loss = 0.0  # seconds that a step of the next probe is believed to lose
+        self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
         self._probed: set[int] = set()
         self._chosen: set[int] | None = None  # None: all
@@ -108,19 +108,18 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        num_requests, load = load.num_requests, _without_prompts(load)  # the next step may have none
-        if self._is_due(num_requests):
-            self._decide(request_ids, load)
-            self._decided_for = _about(num_requests)
+        if self._is_due(load.num_requests):
+            self._decided_for = _about(load.num_requests)
+            self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if not self.is_drafting:
             self.reason = "cost"
-            return self._probes(request_ids, load)
+            return self._probes(request_ids, everyone)
         if self._chosen is None:
             return everyone
         rows = [b for b, i in enumerate(request_ids) if i in self._chosen or i not in self._by_request]
         if len(rows) < len(everyone):
             self.reason = "difficulty"
-            rows += self._probes(request_ids, load, [b for b in everyone if b not in set(rows)])
+            rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
         return sorted(rows)
 
     def observe(self, record: StepRecord) -> None:
@@ -202,7 +201,9 @@ class Guard:
             few = left_out[: _num_probed(len(left_out))]
             whole, some = (self._loss(samples[:, rows], num_decoding, load) for rows in (left_out, few))
             # Where drafts nearly pay, to draft for all loses little, and tells more.
-            self._probes_all, self._probe_loss = whole < 2 * some, min(whole, 2 * some)
+            self._probes_all = whole < 2 * some
+            allowed = self.settings.probe_share * num_decoding / plain  # seconds to lose in each step
+            self._probe_spacing = 2 * min(whole, 2 * some) / allowed
 
     def _loss(self, samples: Floats, num_decoding: int, load: Load) -> float:
         """Seconds lost by drafting for these requests [n, b, K] only to learn."""
@@ -253,14 +254,12 @@ class Guard:
         weights = 0.5 ** (np.arange(len(values)) / self.settings.half_life)
         return float(weights @ values / weights.sum())
 
-    def _probes(self, request_ids: Sequence[int], load: Load, left_out: Sequence[int] | None = None) -> list[int]:
+    def _probes(self, request_ids: Sequence[int], left_out: Sequence[int]) -> list[int]:
         """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
-        left_out = range(len(request_ids)) if left_out is None else left_out
         if self._now == self._last_probe + 1:  # what the first step of a probe takes is spent on reading what piled up
             self._decided_for = None  # decide again with what it shows
             return [b for b in left_out if request_ids[b] in self._probed]
-        plain = seconds_of_step(self.capacity, load, 0)[0]
-        if self._now - self._last_probe < 2 * self._probe_loss / (self.settings.probe_share * plain):
+        if self._now - self._last_probe < self._probe_spacing:
             return []
         self._last_probe = self._now
         order = {i: n for n, i in enumerate(self._by_request)}
