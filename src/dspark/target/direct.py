@@ -54,9 +54,12 @@ class Direct:
         self._graph = cast(Callable[..., Any], compile_fx(graph, examples))
         try:
             places = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]
-            names = [place if isinstance(place, str) else place() for place in places]  # a method before torch 2.10
+            names = [place if isinstance(place, str) else place() for place in places]  # a method in some versions
+            if foreign := [name for name in names if not name.startswith("L[")]:
+                raise KeyError(f"inputs that are no arguments: {', '.join(foreign)}")
             self._read = eval(f"lambda L: [{', '.join(names)}]")  # such as L['ids'] or L['ids'].size()[1]
         except (AttributeError, KeyError, SyntaxError) as error:
+            self._read = None
             _log.info("compiled steps are called the usual way: %r", error)
         return self._graph
 
