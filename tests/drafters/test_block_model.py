@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
+from dspark.drafters.block_attention import BlockAttention, FlexBlockAttention
 from dspark.drafters.block_model import BlockConfig, BlockModel, TraceBatch
 from dspark.errors import CheckpointError
 from dspark.losses import LossWeights
@@ -298,3 +299,15 @@ def test_softcap_comes_before_the_bias() -> None:
     lm_head = nn.Linear(16, 23, bias=False).double()
     hidden = torch.randn(3, 16).double() * 5
     assert torch.allclose(model.base_logits(hidden, lm_head), torch.tanh(lm_head(hidden) / 2) * 2)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_flex_attention_sees_what_dense_attention_sees(num_heads):
+    batch, length, size, anchors = 2, 9, 5, torch.tensor([[1, 4, 8], [2, 2, 7]])
+    torch.manual_seed(0)
+    cached = [tuple(torch.randn(2, batch * length, 2, 8)) for _ in range(2)]
+    q, k, v = (torch.randn(batch * 3 * size, heads, 8) for heads in (num_heads, 2, 2))
+    for layer in range(2):
+        dense, flex = (kind(cached, anchors, size)(layer, q, k, v) for kind in (BlockAttention, FlexBlockAttention))
+        torch.testing.assert_close(flex, dense, atol=1e-5, rtol=0)

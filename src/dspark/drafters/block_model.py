@@ -11,7 +11,7 @@ B rows, S tokens of a sequence, A anchors of a sequence, K block size, r rank of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.drafters.block_attention import Attend, attention_of_blocks
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, NoHead, make_head
 from dspark.errors import CheckpointError
 from dspark.losses import Losses, LossWeights, block_losses, cut_blocks
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, D], k [T, KV, D], v [T, KV, D]) -> [T, heads, D]; q and k are normed and rotated."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,7 @@ class BlockModel(nn.Module):
         context = self.context(batch.features.flatten(0, 1))
         context_positions = torch.arange(width, device=context.device).repeat(num_rows)
         cached = self.context_keys_values(context, context_positions)
-        attend = BlockAttention(cached, batch.anchors, size)
+        attend = attention_of_blocks(cached, batch.anchors, size)
         ids = self.block_inputs(batch.token_ids.gather(1, batch.anchors))
         positions = batch.anchors[:, :, None] + torch.arange(size, device=context.device)
         hidden = self.block(embed(ids.flatten()).to(context.dtype), positions.flatten(), attend)
@@ -314,41 +312,3 @@ class BlockModel(nn.Module):
             weights,
             softcap=self.config.final_logit_softcapping,
         )
-
-
-class BlockAttention:
-    """Training-time `attend`: every block sees its sequence strictly before its anchor, and itself in both directions.
-
-    Scores against the context and against the block are made apart and share one softmax, so that no block's keys are
-    ever compared with another block's queries.
-    """
-
-    def __init__(self, cached: list[tuple[Tensor, Tensor]], anchors: Tensor, block_size: int) -> None:
-        """cached: per layer k, v [B * S, KV, D] of the context; anchors [B, A]."""
-        self.batch, self.num_anchors = anchors.shape
-        self.size = block_size
-        self.cached = cached
-        length = cached[0][0].shape[0] // self.batch
-        hidden_from = torch.arange(length, device=anchors.device) >= anchors[:, :, None]  # [B, A, S]
-        self.bias = torch.zeros(hidden_from.shape, device=anchors.device).masked_fill_(hidden_from, float("-inf"))
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, anchors, size = self.batch, self.num_anchors, self.size
-        heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-        group = heads // kv_heads
-        q = q * head_dim**-0.5
-        q = q.view(batch, anchors, size, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5)  # [B, KV, A, G, K, D]
-        k, v = (
-            x.view(batch, anchors, size, kv_heads, head_dim).permute(0, 3, 1, 2, 4) for x in (k, v)
-        )  # [B, KV, A, K, D]
-        k_context, v_context = (x.view(batch, -1, kv_heads, head_dim).transpose(1, 2) for x in self.cached[layer])
-        to_context = (q.flatten(2, 4) @ k_context.mT).unflatten(2, (anchors, group * size))  # [B, KV, A, G K, S]
-        to_block = q.flatten(3, 4) @ k.mT  # [B, KV, A, G K, K]
-        length = k_context.shape[2]
-        to_context = to_context + self.bias[:, None, :, None]  # fp32 from here on, or fp64
-        scores = torch.cat([to_context, to_block.to(to_context.dtype)], -1)
-        law = torch.softmax(scores, -1).to(v.dtype)
-        mixed = (law[..., :length].flatten(2, 3) @ v_context).unflatten(2, (anchors, group * size)) + law[
-            ..., length:
-        ] @ v
-        return mixed.unflatten(3, (group, size)).permute(0, 2, 4, 1, 3, 5).reshape(-1, heads, head_dim)
