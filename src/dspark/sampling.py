@@ -81,7 +81,7 @@ class KeyedDraws:
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
     ) -> Tensor:
         if self._draw is not None:
-            places = (torch.tensor(numbers, device=scores.device) for numbers in (_signed(seeds), positions))
+            places = (on_device(numbers, scores.device) for numbers in (_signed(seeds), positions))
             return self._draw(scores, temperature, *places, stream)
         return _argmax(self.noisy(scores, temperature, seeds, positions, stream))
 
@@ -96,6 +96,13 @@ class KeyedDraws:
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability
+
+
+def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor there, without waiting until the device has done what it was told before."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 @cache
@@ -159,7 +166,7 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return on_device(values, like.device, torch.float32)[:, None]
 
 
 def _cut(scores: Tensor, temperature: Tensor, owners: Sequence[Request]) -> Tensor:
@@ -167,7 +174,7 @@ def _cut(scores: Tensor, temperature: Tensor, owners: Sequence[Request]) -> Tens
     params, vocab_size = [r.params for r in owners], scores.shape[-1]
     if any(p.top_k for p in params):
         sizes = [min(p.top_k, vocab_size) for p in params]
-        top_k = torch.tensor(sizes, device=scores.device)[:, None]
+        top_k = on_device(sizes, scores.device)[:, None]
         kth = scores.topk(max(sizes)).values.gather(-1, (top_k - 1).clamp_min(0))
         scores = scores.masked_fill((scores < kth) & (top_k > 0), float("-inf"))
     if any(p.top_p < 1 or p.min_p for p in params):

@@ -11,9 +11,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dspark.drafters import block
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
+from dspark.noise import COUPLED
+from dspark.sampling import KeyedDraws, shape_logits
 from dspark.target import Target, attention
 from dspark.target.native import attended_shape
 from dspark.types import Request, SamplingParams, Span
+from target.tape import RunAgain
 
 _SIZES = dict(
     vocab_size=96,
@@ -75,3 +78,27 @@ def test_forwards_and_drafts_ask_the_device_for_nothing(monkeypatch: pytest.Monk
         ]
         draft = drafts.propose(requests, NoiseAhead(96))
     assert draft.tokens.device.type == "meta" and draft.tokens.shape == (2, 4)
+    again = RunAgain()
+    target.capture(again)  # inputs come from the host, padded, and are copied over
+    drafts.capture(again)
+    for request in requests:  # usual steps are those of the first rows
+        drafts.release(request.id)
+    with OneDevice():
+        spans = [Span(0, 25, (1,) * 3, num_logits=2), Span(1, 6, (1,), num_logits=1)]
+        assert target.extend(spans).logits.shape == (3, 96)
+        request = Request(2, [1] * 6, SamplingParams(), 5, num_cached=5, features=prompts.features[:5])
+        draft = drafts.propose([request], NoiseAhead(96))
+    assert draft.tokens.device.type == "meta" and draft.tokens.shape == (1, 4)
+    assert again.num_recordings == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_draws_are_launched_while_the_device_is_still_at_work():
+    logits = torch.randn(3, 96, device="cuda")
+    draws, request = KeyedDraws(96, "cuda"), Request(0, [1], SamplingParams(temperature=0.5, top_k=5), 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores, temperature = shape_logits(logits, [request] * 3, [[]] * 3)
+        draws.tokens(scores, temperature, [7] * 3, [0, 1, 2], COUPLED)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

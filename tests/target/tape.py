@@ -61,8 +61,9 @@ class TapeRecorder:
 class RunAgain:
     """Records nothing: runs the function over its inputs again, compiled code included, which a tape does not see."""
 
-    num_bytes = 0
+    num_bytes = num_recordings = 0
 
     def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        self.num_recordings += 1
         run()
         return run
