@@ -30,7 +30,8 @@ class ReadingUp:
         """Learn from a step what reading took, if there was much to read, and how long prompts are."""
         committed = len(record.request_ids) + sum(record.accepted)
         fade = 0.5 ** (committed / _MEMORY)
-        self._prompt_tokens = self._prompt_tokens * fade + record.num_prompt_tokens
+        # What a prefix cache spares the target the drafter reads all the same.
+        self._prompt_tokens = self._prompt_tokens * fade + record.num_prompt_tokens + record.num_prefix_found
         self._committed = self._committed * fade + committed
         if record.load is None or record.num_unread <= _MOST_UNREAD * max(1, record.num_asked):
             return
