@@ -25,13 +25,14 @@ class LossWeights:
     """Shares of the three losses, and how fast positions of a block lose weight: exp(-j / decay).
 
     total_variation weighs the L1 distance, which is twice the total variation. Cross entropy alone is DFlash as
-    released.
+    released. detach_confidence: the confidence loss trains the confidence head alone, not what it looks at.
     """
 
     cross_entropy: float = 0.1
     total_variation: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    detach_confidence: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def l1_and_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor) -> tup
 def confidence_loss(logits: Tensor, l1: Tensor, weights: Tensor) -> Tensor:
     """Binary cross entropy of confidence logits [N] against the share of draws that survive, 1 - L1/2 (eq. 8, 11).
 
-    Only the label is detached: the gradient reaches the backbone and W1 through the features.
+    Only the label is detached: the gradient reaches what the logits were made from.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     label = (1 - 0.5 * l1.detach()).clamp(0, 1).to(logits.dtype)

@@ -311,3 +311,14 @@ def test_flex_attention_sees_what_dense_attention_sees(num_heads):
     for layer in range(2):
         dense, flex = (kind(cached, anchors, size)(layer, q, k, v) for kind in (BlockAttention, FlexBlockAttention))
         torch.testing.assert_close(flex, dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_detached_confidence_loss_trains_its_head_alone(detached):
+    model = random_model(CONFIG)
+    weights = LossWeights(cross_entropy=0.0, total_variation=0.0, detach_confidence=detached)
+    model.loss(*random_batch(CONFIG), weights).total.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert "confidence_head.proj.weight" in reached
+    assert ({"fc.weight", "markov_head.markov_w1.weight"} <= reached) is not detached
+    assert not detached or reached <= {"confidence_head.proj.weight", "confidence_head.proj.bias"}

@@ -300,12 +300,15 @@ class BlockModel(nn.Module):
         where = blocks.positions.clamp(max=batch.token_ids.shape[1] - 1).flatten(1)
         rows = torch.arange(len(where), device=where.device)[:, None]
         projection = None if self.head.markov_w2 is None else self.head.markov_w2.weight
+        seen, e_seen = hidden, e
+        if weights.detach_confidence:
+            seen, e_seen = hidden.detach(), None if e is None else e.detach()
         return block_losses(
             hidden,
             latent,
             projection,
             lm_head.weight,
-            self.confidence(hidden, e),
+            self.confidence(seen, e_seen),
             batch.last_hidden[rows, where].view_as(hidden),
             blocks.labels.flatten(0, 1),
             blocks.evaluated.flatten(0, 1),
