@@ -253,7 +253,7 @@ def test_settings_are_of_use(target, texts):
     assert all(r.num_skipped == 0 for r in records)
 
 
-def test_graphs_are_built_before_the_first_request_and_nothing_is_learned_from_that(target, texts, monkeypatch):
+def test_graphs_are_built_before_the_first_request_and_of_that_only_costs_are_learned(target, texts, monkeypatch):
     class Compiles(Sure):
         def __init__(self, *rest):
             super().__init__(*rest)
@@ -271,9 +271,10 @@ def test_graphs_are_built_before_the_first_request_and_nothing_is_learned_from_t
     options = dict(compile=True, capacity=Capacity(), observers=[records.append], max_num_seqs=6)
     engine = Engine(target, drafter, "auto", **options)
     assert drafter.num_compiled == 1 and {1, 6} <= set(drafter.sizes)
-    assert not engine.capacity.is_known and not records and target.num_free_slots == target.cache.limit
+    assert engine.capacity.decoding.is_known and engine.capacity.drafting.is_known
+    assert not records and not engine.guard._num_judged and target.num_free_slots == target.cache.limit
     engine.generate(PROMPTS, SamplingParams(seed=4, max_tokens=20))
-    assert engine.capacity.is_known and records and engine.guard._num_judged
+    assert records and engine.guard._num_judged
 
 
 def test_graphs_are_built_where_there_is_hardly_room(tmp_path, texts, monkeypatch):

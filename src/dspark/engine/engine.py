@@ -24,6 +24,7 @@ from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
 from dspark.engine.drafting import Drafting
 from dspark.engine.machine import fingerprint, live_beliefs
+from dspark.engine.measuring import Grid, measure
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, render_prompt
@@ -46,6 +47,8 @@ from dspark.types import (
     Verdict,
 )
 from dspark.verify import make_rule
+
+_SHORT_GRID = Grid(requests=(1, 4, 8, 16, 32), contexts=(64, 256), repeats=3, seconds=2.0)
 
 _request_ids = count()  # shared, because engines may share a target and with it the cache
 
@@ -130,7 +133,8 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Decode a little, alone and in full company, with prompts of many lengths: graphs are built at their first calls,
-        and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from.
+        and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from. Then a
+        second or two of steps from which what steps cost is learned, where it is not known.
         """
         learners, observers, guard = self._learners, self.observers, self.drafting.guard
         self._learners, self.observers, self.drafting.guard = [], [], None
@@ -138,6 +142,9 @@ class Engine:
         for num_requests in (1, self.batcher.max_running, self.batcher.max_running):
             lengths = (min(2 + n % 16, self.max_length - 1) for n in range(num_requests))
             self.generate([[0] * length for length in lengths], params)
+        if not self.capacity.is_known:  # else the first requests would pay for finding out whether drafts pay
+            self._learners = [self.capacity]
+            measure(self, _SHORT_GRID)
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
 
     # -- what users call ------------------------------------------------------------------------------------------------

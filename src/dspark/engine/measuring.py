@@ -6,10 +6,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dspark.budget.prefix_scheduler import FixedLength
-from dspark.engine.engine import Engine
 from dspark.types import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from dspark.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dspark.target.linears import with_packed_linears
 from dspark.target.modules import capture_outputs, decoder_layers, with_layers, with_own_hooks
 from dspark.target.plan import Group, Plan, Visibility
 
+_MOMENT = 16384  # numbers worth another thread: threads wait for each other for longer than a few thousand take
 _ALONE, _SPAN, _MANY = "one token", "one request", "many requests"
 
 
@@ -133,8 +134,9 @@ def frozen_weights(device: torch.device) -> Any:
     It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
     """
     is_cpu = device.type == "cpu"
-    names = ("freezing", "cpp.enable_concat_linear", "cpp_wrapper")
-    return torch._inductor.config.patch(dict.fromkeys(names, is_cpu) | {"size_asserts": not is_cpu})
+    options: dict[str, Any] = dict.fromkeys(("freezing", "cpp.enable_concat_linear", "cpp_wrapper"), is_cpu)
+    options |= {"size_asserts": not is_cpu, "cpp.min_chunk_size": _MOMENT}
+    return torch._inductor.config.patch(options)
 
 
 def _kind_of(group: Group) -> str:

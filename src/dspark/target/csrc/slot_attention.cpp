@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kKeys = 64;   // keys in one block of the running softmax
 constexpr int64_t kLanes = 16;  // of them side by side in one register
+constexpr int64_t kMoment = 20000;  // nanoseconds of work worth another thread: waiting for each other takes several thousand
 
 template <typename C>
 struct Problem {
@@ -295,7 +296,10 @@ void run(
     const std::vector<Rows>& rows) {
   const int64_t num_kv = keys.size(1), num_heads = query.size(1), width = query.size(2), value_width = values.size(2);
   const int64_t units = static_cast<int64_t>(rows.size()) * num_kv;
-  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+  // About a microsecond for a block of keys, and a quarter for each row of queries.
+  const int64_t blocks = p.num_slots / kKeys + 1, queries = p.num_queries * (num_heads / num_kv);
+  const int64_t nanoseconds = blocks * (1000 + 250 * queries);
+  at::parallel_for(0, units, std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)
       attend<S, C>(
           p, rows[unit / num_kv], unit / num_kv, unit % num_kv, num_heads / num_kv, num_heads, num_kv, width, value_width,

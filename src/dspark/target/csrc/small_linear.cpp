@@ -25,7 +25,7 @@ constexpr int64_t kLanes = 16;  // outputs in one register
 constexpr int64_t kRows = 6;    // rows worked on together at most
 constexpr int64_t kGroup = 4;   // registers of outputs worked on together
 constexpr int64_t kAhead = 32;  // registers of weights that are fetched ahead
-constexpr int64_t kWork = 1 << 18;  // multiplications worth another thread
+constexpr int64_t kMoment = 20000;  // nanoseconds of work worth another thread: waiting for each other takes several thousand
 #ifdef __AMX_BF16__
 constexpr int64_t kFew = 16;
 #else
@@ -119,8 +119,9 @@ at::Tensor small_linear(const at::Tensor& x_, const at::Tensor& weight, const at
   const Problem p{x.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(),
                   bias ? offsets.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<at::BFloat16>(),
                   x.numel() / inner, inner, width};
-  const int64_t work = std::max<int64_t>(1, p.rows * inner * kLanes * kGroup);
-  at::parallel_for(0, packed.size(0), std::max<int64_t>(1, kWork / work), [&](int64_t begin, int64_t end) {
+  // About 90 multiplications a nanosecond, or 20 bytes of weights where rows are too few for that.
+  const int64_t nanoseconds = inner * kLanes * kGroup * std::max<int64_t>(9, p.rows) / 90 + 1;
+  at::parallel_for(0, packed.size(0), std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) rows(p, group);
   });
   return y;
