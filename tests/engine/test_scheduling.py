@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dspark.budget.calibration import Calibration
 from dspark.budget.capacity import Capacity
 from dspark.budget.guard import Guard, GuardSettings
 from dspark.budget.hindsight import Hindsight
@@ -268,6 +269,9 @@ def test_graphs_are_built_before_the_first_request_and_of_that_only_costs_are_le
 
     monkeypatch.setattr(target, "compile", lambda *layers, **options: True)
     drafter, records = Compiles(texts), []
+    engine = Engine(target, drafter, "auto", compile=True, capacity=Capacity(), max_num_seqs=6)
+    assert not engine.capacity.is_known  # what its drafts are worth is not known either
+    drafter, drafter.calibration = Compiles(texts), Calibration((1.0,) * 5)
     options = dict(compile=True, capacity=Capacity(), observers=[records.append], max_num_seqs=6)
     engine = Engine(target, drafter, "auto", **options)
     assert drafter.num_compiled == 1 and {1, 6} <= set(drafter.sizes)

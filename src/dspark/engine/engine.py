@@ -133,8 +133,8 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Decode a little, alone and in full company, with prompts of many lengths: graphs are built at their first calls,
-        and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from. Then a
-        second or two of steps from which what steps cost is learned, where it is not known.
+        and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from. Then, for
+        a calibrated drafter, a second or two of steps that show what they cost, where that is not known.
         """
         learners, observers, guard = self._learners, self.observers, self.drafting.guard
         self._learners, self.observers, self.drafting.guard = [], [], None
@@ -142,7 +142,9 @@ class Engine:
         for num_requests in (1, self.batcher.max_running, self.batcher.max_running):
             lengths = (min(2 + n % 16, self.max_length - 1) for n in range(num_requests))
             self.generate([[0] * length for length in lengths], params)
-        if not self.capacity.is_known:  # else the first requests would pay for finding out whether drafts pay
+        # Else the first requests pay for finding out whether drafts pay. A drafter of which nobody knows what its drafts
+        # are worth is to be tried on real text first.
+        if not self.capacity.is_known and getattr(self.drafter, "calibration", None) is not None:
             self._learners = [self.capacity]
             measure(self, _SHORT_GRID)
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
