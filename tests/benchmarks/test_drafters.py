@@ -77,6 +77,11 @@ def test_the_ablation_changes_one_thing_at_a_time() -> None:
     steps = [tables[name]["train"] for name in names]
     for before, after in pairwise(steps):
         assert len(after.items() - before.items()) == 1
+    attached, detached = (
+        read_toml(RECIPES.parent / "confidence" / f"{name}.toml") for name in ("attached", "detached")
+    )
+    assert attached == tables["with-muon-mean-start-head"]
+    assert detached == attached | {"loss": attached["loss"] | {"detach_confidence": True}}
 
 
 SMALL = """[drafter]
