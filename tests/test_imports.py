@@ -109,3 +109,10 @@ def test_the_public_names_are_exactly_these() -> None:
 def test_help_loads_no_model_library(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'rich'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_who_compiles_waits_for_the_compiler() -> None:
+    code = (
+        "import sys, dspark; dspark.Engine; dspark.load_target; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -55,7 +55,7 @@ def test_options_reach_the_drafter(target: Target) -> None:
     ("name", "options", "message"),
     [
         ("ngram", {"lenght": 3}, r"no option 'lenght'; did you mean 'length'\? It takes length, longest, shortest"),
-        ("none", {"length": 3}, "no option 'length'. It takes none"),
+        ("none", {"length": 3}, "no option 'length'. It takes no options"),
         ("ngram", {"length": 0}, "length >= 1"),
         ("ngarm", {}, r"no drafter is called 'ngarm'; did you mean 'ngram'\? There are none, ngram, self"),
         ("zzz", {}, "no drafter is called 'zzz'. There are"),
@@ -67,6 +67,12 @@ def test_options_reach_the_drafter(target: Target) -> None:
 def test_names_and_options_that_mean_nothing(name: str, options: dict[str, Any], message: str, target: Target) -> None:
     with pytest.raises(InvalidConfiguration, match=message):
         load_drafter(name, target, **options)
+
+
+def test_a_function_that_gives_no_drafter(tmp_path: Path, target: Target) -> None:
+    (tmp_path / "three.py").write_text("def make(target):\n    return 3\n")
+    with pytest.raises(InvalidConfiguration, match="gave 3, which has no propose, release, length, feature_layers"):
+        load_drafter(f"{tmp_path}/three.py:make", target)
 
 
 def test_block_drafter_from_a_folder(tmp_path: Path, target: Target) -> None:
@@ -126,7 +132,9 @@ def make(target, depth=1):
     drafter.made_for, drafter.depth = target, depth
     return drafter
 def anything(target, **options):
-    return options
+    drafter = make(target)
+    drafter.options = options
+    return drafter
 not_a_function = 3
 """
 
@@ -136,7 +144,7 @@ def test_a_users_file(tmp_path: Path, target: Target) -> None:
     path.write_text(FILE)
     drafter = load_drafter(f"{path}:make", target, depth=4)
     assert drafter.made_for is target and drafter.depth == 4
-    assert load_drafter(f"{path}:anything", target, colour="red") == {"colour": "red"}
+    assert load_drafter(f"{path}:anything", target, colour="red").options == {"colour": "red"}
     with pytest.raises(InvalidConfiguration, match=r"no option 'width'; did you mean 'depth'\? It takes depth"):
         load_drafter(f"{path}:make", target, width=4)
     for missing in ("mak", "not_a_function"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from dspark.budget.baselines import StartupTable, TokensPerBatch
@@ -37,10 +36,10 @@ def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipat
     try:
         if kind == "fixed" and int(value) >= 0:
             return FixedLength(int(value))
-        if kind == "threshold" and math.isfinite(float(value)):
+        if kind == "threshold" and 0 <= float(value) <= 1:
             return ConfidenceThreshold(float(value))
     except ValueError:
         pass  # a value that is no number ends in the same message as an unknown name
     raise InvalidConfiguration(
-        f"scheduler must be auto, fixed:LENGTH, threshold:CONFIDENCE, {', '.join(BY_COST)}; got {name!r}"
+        f"scheduler must be auto, fixed:LENGTH, threshold:CONFIDENCE (0 to 1) or one of {', '.join(BY_COST)}; got {name!r}"
     )

@@ -46,7 +46,7 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
     if name in EMBEDDED:
         return _open(str(_embedded(name, target)), target, options)
     if ".py:" in name or name.endswith(".py"):
-        return _call(name, _from_file(name), target, options)
+        return _complete(name, _call(name, _from_file(name), target, options))
     if not Path(name).expanduser().exists() and "/" not in name:
         raise InvalidConfiguration(_unknown(name, target))
     return _open(name, target, options)
@@ -153,7 +153,7 @@ def _call(name: str, make: Callable[..., Drafter], target: Target, options: dict
         raise InvalidConfiguration(
             f"the drafter {name} has no option {unknown[0]!r}"
             + (f"; did you mean {near[0]!r}?" if near else ".")
-            + f" It takes {', '.join(choices) or 'none'}"
+            + f" It takes {', '.join(choices) or 'no options'}"
         )
     return make(target, **options)
 
@@ -198,6 +198,16 @@ def _from_file(name: str) -> Callable[..., Drafter]:
         ]
         raise InvalidConfiguration(f"{path_text} has no function {function!r}; it has {', '.join(functions) or 'none'}")
     return make
+
+
+def _complete(name: str, drafter: Any) -> Drafter:
+    """What a user's function gave, once it has all that the engine asks of a drafter."""
+    needed = ("propose", "release", "length", "feature_layers")
+    if lacking := [attribute for attribute in needed if not hasattr(drafter, attribute)]:
+        raise InvalidConfiguration(
+            f"{name} gave {drafter!r}, which has no {', '.join(lacking)}; expected a drafter: docs/generate.md has one"
+        )
+    return drafter
 
 
 def _unknown(name: str, target: Target) -> str:

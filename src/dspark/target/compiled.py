@@ -133,10 +133,12 @@ def frozen_weights(device: torch.device) -> Any:
     Its checks of every size before every kernel go: they cost as much as some kernels, and who calls is not a stranger.
     It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
     """
+    from torch._inductor import config
+
     is_cpu = device.type == "cpu"
     options: dict[str, Any] = dict.fromkeys(("freezing", "cpp.enable_concat_linear", "cpp_wrapper"), is_cpu)
     options |= {"size_asserts": not is_cpu, "cpp.min_chunk_size": _MOMENT}
-    return torch._inductor.config.patch(options)
+    return config.patch(options)
 
 
 def _kind_of(group: Group) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ class Direct:
 
     def _build(self, graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
         """What torch.compile calls: inductor, and a note of where the graph's inputs come from."""
+        from torch._inductor.compile_fx import compile_fx  # takes a second, which only who compiles should wait for
+
         self._graph = cast(Callable[..., Any], compile_fx(graph, examples))
         try:
             places = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]

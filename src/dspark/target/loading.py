@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import re
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspark.errors import CheckpointError, DSparkError, InvalidConfiguration
+from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.check import check_parity
 from dspark.target.deterministic import make_deterministic
 from dspark.target.target import Target
+from dspark.target.unreadable import UNREADABLE, explained, not_a_model
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +25,6 @@ _EMBEDDED = ("tiny",)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _FOR_ALL_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")  # the tokenizer's too
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a bad checkpoint makes it raise
 
 
 def load_target(
@@ -50,7 +48,7 @@ def load_target(
     name = os.fspath(path_or_id)
     source = resolve(name)
     wanted = _dtype(dtype)
-    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = _device(device)
     for_files = {key: from_pretrained[key] for key in _FOR_ALL_FILES if key in from_pretrained}
     model = _load_model(name, source, wanted, from_pretrained)
     if "device_map" not in from_pretrained:
@@ -87,12 +85,10 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{name} has no config.json: a folder written by save_pretrained was expected; it has {_listing(path)}"
-            )
+            raise not_a_model(name, path)
         return str(path)
     if path.exists():
-        raise CheckpointError(f"{name} is a file; a folder (config.json and weights) or a hub id was expected")
+        raise not_a_model(name, path)
     first = path.parts[0] if path.parts else ""
     if not _HUB_ID.fullmatch(name) or (len(path.parts) > 1 and Path(first).is_dir()):
         raise CheckpointError(
@@ -124,11 +120,21 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     )
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name; or one that this torch was not built for
+        reason = str(error).splitlines()[0]
+        raise InvalidConfiguration(f"the device {device} cannot be used here ({reason}); cpu always can") from error
+
+
 def _load_model(name: str, source: str, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except _UNREADABLE as error:
-        raise _explained(name, source, error, options) from error
+    except UNREADABLE as error:
+        raise explained(name, source, error, options) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -136,38 +142,6 @@ def _load_model(name: str, source: str, dtype: torch.dtype | str, options: dict[
             f"{', '.join(missing[:3])}; the checkpoint is incomplete or not a causal language model"
         )
     return model
-
-
-def _explained(name: str, source: str, error: Exception, options: dict[str, Any]) -> DSparkError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
-        return InvalidConfiguration(
-            f"{name} needs code from its repository, which is off unless asked for: pass trust_remote_code=True if you "
-            "trust it, or choose a model that transformers knows"
-        )
-    if "Unrecognized configuration class" in str(error):
-        return InvalidConfiguration(
-            f"{name} is not a causal language model (its config says {_model_type(source)}); expected one that "
-            "AutoModelForCausalLM loads"
-        )
-    if not Path(source).is_dir() and isinstance(error, OSError):
-        return CheckpointError(
-            f"{name} is not a local folder and could not be fetched from the hub ({lines[0]}); check the spelling, the "
-            "network, and whether the model needs a token, or name a local folder"
-        )
-    return CheckpointError(
-        f"{name} could not be loaded ({type(error).__name__}: {lines[0]}); expected a complete folder written by "
-        "save_pretrained (config.json and weights)"
-    )
-
-
-def _model_type(source: str) -> str:
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except _UNREADABLE:
-        path = Path(source) / "config.json"
-        return str(json.loads(path.read_text()).get("model_type")) if path.is_file() else "nothing known"
-    return str(config.model_type)
 
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
@@ -178,13 +152,8 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"the tokenizer of {name} could not be read ({type(error).__name__}: {error}); expected tokenizer.json "
             "beside the weights, or no tokenizer at all (prompts are token ids then)"
         ) from error
-
-
-def _listing(path: Path) -> str:
-    names = sorted(entry.name for entry in path.iterdir())
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
