@@ -50,6 +50,12 @@ def test_a_drafter_for_another_target_does_not_fit(capsys: Capture, tmp_path: Pa
     assert str(config["vocab_size"] + 8) in out
 
 
+@pytest.mark.parametrize("verb", [["info"], ["doctor", "tiny"]])
+def test_ngrams_have_no_checkpoint(capsys: Capture, verb: list[str]) -> None:
+    code, _, err = run(capsys, *verb, "ngram")
+    assert code == 2 and "without a checkpoint" in err
+
+
 @pytest.mark.parametrize("name", ["./no/such/folder", "empty", "broken"])
 def test_what_cannot_be_read_is_a_mistake(capsys: Capture, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name

@@ -57,3 +57,11 @@ def test_the_table_is_for_people(target, tmp_path, capsys):
 def test_bad_numbers_are_refused(bad, capsys):
     assert main(["profile", "--requests", bad]) == 2
     assert "--requests takes numbers" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_not_kept(target, tmp_path, capsys):
+    out = tmp_path / "capacity.json"
+    options = ["--target", str(tmp_path / "target"), "--dtype", "float32", "--device", "cpu", "--output", str(out)]
+    assert main(["profile", "--seconds", "0"]) == 2
+    assert main(["profile", *options, "--requests", "100000", "--contexts", "200"]) == 2
+    assert "no step of 100000 requests" in capsys.readouterr().err and not out.exists()

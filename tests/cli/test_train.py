@@ -65,6 +65,14 @@ def test_three_commands(capsys: Capture, folder: Path) -> None:
     assert code == 0 and "going on from step 4" in err and "step 5" in err
 
 
+def test_a_recipe_that_comes_with_the_package(capsys: Capture, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    code, _, err = run(capsys, "train", "quick", "--target", "tiny")
+    assert code == 2 and "in the [run] table of" in err and "quick.toml" in err  # it was read: only --data is missing
+    code, _, err = run(capsys, "train", "quack", "--target", "tiny")
+    assert code == 2 and "the recipe quack cannot be read" in err and "or quick" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dspark.checkpoints import open_checkpoint
     from dspark.checkpoints.convert import convert
-    from dspark.cli.info import _path
+    from dspark.cli.info import checkpoint_path
 
-    source, target = open_checkpoint(_path(args.source)), None
+    source, target = open_checkpoint(checkpoint_path(args.source)), None
     if args.target is not None:
         with progress(f"loading {args.target}", args.no_color):
             from dspark import load_target

@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dspark.checkpoints import open_checkpoint
     from dspark.checkpoints.doctor import examine
-    from dspark.cli.info import _path
+    from dspark.cli.info import checkpoint_path
 
     prompts = _read_prompts(args.prompts)
-    checkpoint = open_checkpoint(_path(args.drafter))
+    checkpoint = open_checkpoint(checkpoint_path(args.drafter))
     with progress(f"loading {args.target}", args.no_color):
         from dspark import load_target
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dspark.cli.terminal import progress, quiet_weights
+from dspark.errors import InvalidRequest
 
 DOES_NOT_FIT = 1
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dspark.checkpoints import describe
 
-    path = _path(args.path)
+    path = checkpoint_path(args.path)
     facts = describe(path)
     problems = None if args.target is None else _problems(path, args)
     if args.json:
@@ -40,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
     return DOES_NOT_FIT if problems else 0
 
 
-def _path(name: str) -> str:
+def checkpoint_path(name: str) -> str:
     """The names that `generate --drafter` knows for the embedded pair are folders too."""
-    from dspark.drafters.loading import EMBEDDED
+    from dspark.drafters.loading import EMBEDDED, WITHOUT_CHECKPOINT
     from dspark.target.loading import embedded_pair_folder
 
+    if name in WITHOUT_CHECKPOINT and not Path(name).exists():
+        raise InvalidRequest(f"{name} is a way to draft without a checkpoint, which fits every target: nothing to read")
     return str(embedded_pair_folder("tiny") / name) if name in EMBEDDED else name
 
 

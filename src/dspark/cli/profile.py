@@ -33,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     requests, contexts = _numbers("requests", args.requests, 1), _numbers("contexts", args.contexts, 1)
+    if not args.seconds > 0:
+        raise InvalidRequest(f"--seconds must be more than 0; got {args.seconds:g}")
     with progress(f"loading {args.target}", args.no_color):
         engine = _engine(args, max(requests))
         from dspark.budget.capacity import usual_path
         from dspark.engine.measuring import Grid, measure
     with progress("measuring", args.no_color):
         num_steps = measure(engine, Grid(requests, contexts, seconds=args.seconds))
+    if not num_steps:
+        raise InvalidRequest(
+            f"no step of {args.requests} requests with {args.contexts} tokens each could be measured: the cache of "
+            f"{args.target} has {engine.target.num_free_slots} slots, and its texts {engine.max_length} tokens"
+        )
     path = args.output or usual_path(engine.capacity.fingerprint)
     engine.capacity.save(path)
     rows = _rows(engine, requests, contexts)

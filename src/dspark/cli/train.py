@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from dspark.target.target import Target
     from dspark.train.trainer import Trainer
 
-_OVERRIDES = ("steps", "tokens_per_batch", "accumulate", "validate_every", "seed", "start_from")
+_OVERRIDES = ("steps", "tokens_per_batch", "accumulate", "num_validation", "validate_every", "seed", "start_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipes", nargs="+", type=Path, metavar="RECIPE", help="TOML: [drafter], [train], [loss], [run]"
+        "recipes",
+        nargs="+",
+        type=_recipe,
+        metavar="RECIPE",
+        help="quick (a first drafter for any target), or a TOML file with [drafter], [train], [loss], [run]",
     )
     places = parser.add_argument_group("where things are (they override the recipe's [run])")
     places.add_argument("--target", help="tiny, a folder or a hub id")
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--steps", type=int)
     training.add_argument("--tokens-per-batch", type=int)
     training.add_argument("--accumulate", type=int, help="batches per step")
+    training.add_argument("--num-validation", type=int, help="texts held out to judge drafters on")
     training.add_argument("--validate-every", type=int, help="steps")
     training.add_argument("--seed", type=int)
     training.add_argument("--start-from", help="drafter of the same shape to go on from")
@@ -44,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost and bring, and stop")
     parser.add_argument("--tensorboard", action="store_true", help="event files beside the CSV files")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+
+
+def _recipe(name: str) -> Path:
+    """A file, or one that comes with the package, named without `.toml`: beside src/ in a clone, inside a wheel."""
+    here = Path(__file__).resolve()
+    shipped = [folder / "recipes" / f"{name}.toml" for folder in (here.parents[3], here.parents[1])]
+    return next((path for path in shipped if path.is_file() and not Path(name).exists()), Path(name))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -65,6 +65,7 @@ def _self(target: Target, num_layers: int | None = None, length: int = 4) -> Dra
 
 
 _BUILT_IN: dict[str, Callable[..., Drafter]] = {"none": _none, "ngram": _ngram, "self": _self}
+WITHOUT_CHECKPOINT = tuple(_BUILT_IN)
 
 
 def _open(name: str, target: Target, options: dict[str, Any]) -> Drafter:

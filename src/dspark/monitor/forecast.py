@@ -66,7 +66,8 @@ class Mix:
                 f"got {self.prompt_tokens:g} and {self.output_tokens:g} on average"
             )
         if not self.by_load or min(tau for _, tau, _ in self.by_load) < 1:
-            raise InvalidRequest(f"tokens per target pass (tau) are 1 or more; got {self.by_load}")
+            taus = ", ".join(f"{tau:g}" for _, tau, _ in self.by_load)
+            raise InvalidRequest(f"tokens per target pass (tau) are 1 or more; got {taus or 'none'}")
 
     @classmethod
     def of_metrics(cls, values: Mapping[str, float]) -> Mix | None:

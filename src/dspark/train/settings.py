@@ -41,7 +41,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise InvalidConfiguration(f"the recipe {path} cannot be read: {error.strerror}") from error
+        raise InvalidConfiguration(
+            f"the recipe {path} cannot be read: {error.strerror}. Name a TOML file, or quick, which comes with dspark"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidConfiguration(f"the recipe {path} is not TOML: {error}") from error
 

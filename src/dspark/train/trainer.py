@@ -77,7 +77,7 @@ class Trainer:
         if not 0 < self.settings.num_validation < len(texts):
             raise InvalidConfiguration(
                 f"expected num_validation between 1 and {len(texts) - 1}, as there are {len(texts)} texts; "
-                f"got {self.settings.num_validation}"
+                f"got {self.settings.num_validation}: --num-validation, or the recipe's [train], says how many are held out"
             )
         return split_validation(texts, self.settings.num_validation, self.settings.seed)
 
