@@ -152,9 +152,9 @@ def _beside_engine(
 ) -> list[Load]:
     asked, loads = _texts(texts, clients * options.requests_per_client), []
     for repeat in range(options.repeats + 1):
-        cpu = _metric(httpx.get(url + "/metrics", timeout=60).text, "process_cpu_seconds_total")
+        cpu = _of_both(httpx.get(url + "/metrics", timeout=60).text, "cpu_seconds_total")
         server = closed("server", url, clients, sampled(asked, options.tokens))
-        server.cpu_seconds = _metric(httpx.get(url + "/metrics", timeout=60).text, "process_cpu_seconds_total") - cpu
+        server.cpu_seconds = _of_both(httpx.get(url + "/metrics", timeout=60).text, "cpu_seconds_total") - cpu
         alone = [own(engine, asked, clients, options.tokens, arrivals) for arrivals in (None, server.arrivals)]
         if repeat:  # the first turn warms both up
             loads += [server, *alone]
@@ -196,7 +196,7 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         while not asking.done():
             page = (await client.get("/metrics")).text
-            memory.append((time.monotonic() - began, _metric(page, "process_resident_memory_bytes")))
+            memory.append((time.monotonic() - began, _of_both(page, "resident_memory_bytes")))
             await asyncio.wait([asking], timeout=5)
     await asking
     settled = [(at, size / 2**20) for at, size in memory if at > 60 * options.minutes / 4] or [(0.0, 0.0)]
@@ -206,8 +206,10 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
     return memory
 
 
-def _metric(page: str, name: str) -> float:
-    return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(name + " "))
+def _of_both(page: str, name: str) -> float:
+    """Added up over the server's processes: the engine's and the one in front of it."""
+    names = (f"process_{name}", f"dspark_front_process_{name}")
+    return sum(float(line.split()[1]) for line in page.splitlines() if line.startswith(names))
 
 
 def _texts(texts: Sequence[str], count: int) -> list[str]:

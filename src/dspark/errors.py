@@ -35,3 +35,7 @@ class QueueFull(DSparkError):
 
 class ShuttingDown(DSparkError):
     """Running requests are being finished and no new one is taken."""
+
+
+class EngineLost(DSparkError):
+    """The engine's process has ended and nobody asked it to."""

@@ -46,7 +46,12 @@ class Matcher(Protocol):
 
 
 class Grammar(Protocol):
-    """What an output may look like; end tokens are allowed where it may end. Immutable, so requests may share one."""
+    """What an output may look like; end tokens are allowed where it may end. Immutable, so requests may share one.
+
+    text  says it all, for whoever makes the same grammar elsewhere
+    """
+
+    text: str
 
     def matcher(self) -> Matcher:
         """A matcher for one request."""
@@ -407,13 +412,14 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to a streamed request."""
+    """What one step added to a streamed request. fault: why its grammar could not be followed to its end."""
 
     text: str
     token_ids: list[int]
     is_drafted: list[bool]
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    fault: str | None = None
 
 
 class Rule(Protocol):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ CHAT = {"messages": [{"role": "user", "content": "What is a river?"}], "temperat
 @contextmanager
 def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
     """(url, process, lines of stderr so far) of a server on a free port."""
-    process = start("serve", "--port", "0", "--dtype", "float32", "--threads", "1", *argv, env=env)
+    options = ("--port", "0", "--dtype", "float32", "--threads", "1", *argv)
+    process = start("serve", *options, env=env, start_new_session=True)
     lines: list[str] = []
     ready = threading.Event()
 
@@ -43,9 +46,21 @@ def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
         if process.poll() is None:
             process.kill()
         process.wait(30)
+        deadline = time.monotonic() + 30
+        while is_any_left(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not is_any_left(process.pid)
         reader.join(30)
         process.stdout.close()
         process.stderr.close()
+
+
+def is_any_left(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
@@ -76,7 +91,7 @@ def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Pa
         for thread in threads:
             thread.start()
         begun.wait(60)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as Ctrl-C in a terminal does: the engine's process gets it, too
         for thread in threads:
             thread.join(60)
         assert process.wait(60) == 0

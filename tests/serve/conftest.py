@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
@@ -15,23 +16,45 @@ import pytest
 from dspark import Engine, SamplingParams, load_drafter, load_target
 from dspark.engine.worker import Worker
 from dspark.serve.app import make_app
+from dspark.serve.backend import Backend, InProcess, Watched
+from dspark.serve.dashboard import make_dashboard
+from dspark.serve.engine_process import EngineProcess
 from dspark.serve.process import Server, listen
 from dspark.serve.settings import ServeSettings
-from dspark.target.kv_cache import KVCache
+from serve.engines import assert_all_free
+
+if TYPE_CHECKING:
+    from dspark.target.kv_cache import KVCache
 
 
 @dataclass
 class Served:
     """Where a test server listens, and what is behind it."""
 
-    worker: Worker
+    backend: Any
+    app: Any
     server: Server
     url: str
     loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    cache: KVCache | None = None  # of an engine beside it
 
     def stop(self) -> None:
         """What SIGTERM does."""
         self.loop.call_soon_threadsafe(self.server.stop)
+
+    def ended(self) -> None:
+        """Wait for the server's own end."""
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    @property
+    def worker(self) -> Worker:
+        return self.backend.worker
+
+    @property
+    def process(self):
+        return self.backend.process
 
     @property
     def engine(self) -> Engine:
@@ -43,44 +66,64 @@ class Served:
 
     def settle(self) -> None:
         """Wait until nothing runs; then every slot must be free."""
-        cache = self.engine.target.cache
         deadline = time.monotonic() + 60
-        while (self.worker.num_open or cache.request_ids) and time.monotonic() < deadline:
+        while (self.backend.num_open or (self.cache and self.cache.request_ids)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert self.worker.num_open == 0
-        assert_all_free(cache)
-
-
-def assert_all_free(cache: KVCache) -> None:
-    cache.check()
-    assert cache.num_free_slots == cache.limit
+        assert self.backend.num_open == 0
+        if self.cache:
+            assert_all_free(self.cache)
 
 
 @contextmanager
-def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings) -> Iterator[Served]:
-    """However a test ends, it leaves no thread and no slot of the target that all tests share."""
-    before = set(threading.enumerate())
-    worker = Worker(engine, **(worker_options or {})).start()
-    app = make_app(worker, ServeSettings(**{"model_names": ("tiny",), **settings}))
+def http(backend: Backend, drain_seconds: float, **settings) -> Iterator[Served]:
+    """A server over a backend, in a thread that ends with the test."""
+    dashboard = make_dashboard(backend.snapshot, is_ending=lambda: backend.is_draining)
+    app = make_app(backend, ServeSettings(**{"model_names": ("tiny",), **settings}), [dashboard])
     listening = listen("127.0.0.1", 0)
-    server = Server(app, worker, drain_seconds)
+    server = Server(app, backend, drain_seconds)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listening])))
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        served = Served(worker, server, f"http://127.0.0.1:{listening.getsockname()[1]}", loop)
-        yield served
-        served.settle()
+        yield Served(backend, app, server, f"http://127.0.0.1:{listening.getsockname()[1]}", loop, thread)
     finally:
-        worker.close()  # first, so that no client waits for an answer
+        loop.call_soon_threadsafe(backend.cancel_all)  # so that no client waits for an answer
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
         loop.close()
+
+
+@contextmanager
+def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings) -> Iterator[Served]:
+    """Beside its engine. However a test ends, it leaves no thread and no slot of the target that all tests share."""
+    before = set(threading.enumerate())
+    worker = Worker(engine, **(worker_options or {})).start()
+    try:
+        with http(InProcess(Watched(worker)), drain_seconds, **settings) as served:
+            served.cache = engine.target.cache
+            yield served
+            served.settle()
+    finally:
+        worker.close()
         assert not {t for t in threading.enumerate() if t.name.startswith("dspark-")} - before
         assert_all_free(engine.target.cache)
+
+
+@contextmanager
+def in_two_processes(make, *arguments) -> Iterator[Served]:
+    """As `dspark serve` does it: `make` runs in the engine's process, of which nothing is left."""
+    with EngineProcess(make, *arguments) as engine:
+        engine.wait_until_ready()
+        with http(engine, 10.0) as served:
+            yield served
+            if engine.is_alive:
+                served.settle()
+        was_lost = engine.has_failed
+    assert not engine.process.is_alive()
+    assert was_lost or engine.process.exitcode == 0
 
 
 @pytest.fixture(scope="package")

@@ -30,7 +30,11 @@ def monitoring(**options) -> Monitoring:
 
 def client(m: Monitoring, **options) -> TestClient:
     app = FastAPI()
-    app.include_router(make_dashboard(m.snapshot, **options))
+
+    async def source():
+        return m.snapshot()
+
+    app.include_router(make_dashboard(source, **options))
     return TestClient(app)
 
 

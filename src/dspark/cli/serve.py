@@ -6,6 +6,7 @@ Without options: the embedded pair on http://127.0.0.1:8000. Logs are JSON lines
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dspark.budget.kept import Kept
     from dspark.monitor.identity import LogitsOf
     from dspark.monitor.monitoring import Monitoring
+    from dspark.serve.backend import Watched
     from dspark.serve.settings import ServeSettings
     from dspark.target.target import Target
 
@@ -115,27 +117,50 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     try:
-        from dspark.serve.process import listen, log_to_stderr, serve
+        from dspark.serve.engine_process import EngineProcess
+        from dspark.serve.logs import log_to_stderr
+        from dspark.serve.process import listen, serve
     except ImportError as error:
         raise DSparkError(f'serving needs {error.name}: pip install "dspark[serve]"') from error
     listening = listen(args.host, args.port)
-    with progress(f"loading {args.target}", no_color=False):
-        engine = _engine(args)
-        _warm_up(engine)
+    with EngineProcess(watched_engine, args) as engine:
+        with progress(f"loading {args.target}", no_color=False):
+            from dspark.serve.app import make_app
+            from dspark.serve.dashboard import make_dashboard
+
+            engine.wait_until_ready()
+        log_to_stderr(args.log_level)
+        app = make_app(engine, settings, [make_dashboard(engine.snapshot, is_ending=lambda: engine.is_draining)])
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        say(f"serving {', '.join(settings.model_names)} on http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+        if args.host not in _LOOPBACK and not settings.api_keys:
+            say("warning: anyone who reaches this address can use it; --api-key asks for a key")
+        serve(app, engine, listening, args.drain_timeout)
+    return 1 if engine.has_failed else 0
+
+
+def watched_engine(args: argparse.Namespace) -> Watched:
+    """What runs in the engine's process: a started worker, watched by the metrics."""
+    from dspark.engine.worker import Worker
+    from dspark.serve.backend import Watched
+    from dspark.serve.logs import log_to_stderr
+
+    logging.basicConfig(format="%(name)s: %(message)s")
+    engine = _engine(args)
+    _warm_up(engine)
     log_to_stderr(args.log_level)
-    kept = _kept(args, engine)
-    app, worker = _app(args, engine, settings)
-    worker.observers += kept
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    say(f"serving {', '.join(settings.model_names)} on http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
-    if args.host not in _LOOPBACK and not settings.api_keys:
-        say("warning: anyone who reaches this address can use it; --api-key asks for a key")
-    try:
-        serve(app, worker, listening, args.drain_timeout)
-    finally:
-        for learned in kept:
-            learned.save()  # the worker's thread has ended
-    return 0
+    monitoring, kept = _monitoring(args, engine), _kept(args, engine)
+    worker = Worker(
+        engine,
+        max_waiting=args.max_waiting,
+        stuck_seconds=args.stuck_after,
+        observers=[monitoring.step, *kept],
+        on_finished=[monitoring.request],
+        idle_tasks=[monitoring.idle],
+        at_end=[monitoring.close, *(learned.save for learned in kept)],
+        drafter=_drafter_name(args),
+    )
+    return Watched(worker.start(), monitoring.metrics.render, monitoring.snapshot)
 
 
 def _settings(args: argparse.Namespace) -> ServeSettings:
@@ -153,9 +178,8 @@ def _settings(args: argparse.Namespace) -> ServeSettings:
     keys += [key for key in [os.environ.get("DSPARK_API_KEY")] if key]
     if not all(keys):
         raise InvalidConfiguration("--api-key is empty: give a key, or leave the option out")
-    names = tuple(args.served_model_name or [Path(args.target).name if Path(args.target).exists() else args.target])
     settings = ServeSettings(
-        model_names=names,
+        model_names=_names(args),
         api_keys=tuple(keys),
         cors_origins=tuple(args.cors_origin or ()),
         log_text=args.log_text,
@@ -167,6 +191,10 @@ def _settings(args: argparse.Namespace) -> ServeSettings:
         "request_seconds": args.request_timeout,
     }
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _names(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(args.served_model_name or [Path(args.target).name if Path(args.target).exists() else args.target])
 
 
 def _engine(args: argparse.Namespace) -> Engine:
@@ -228,29 +256,7 @@ def _warm_up(engine: Engine) -> None:
     engine.generate([[0] * length], SamplingParams(max_tokens=8, seed=0, ignore_eos=True))
 
 
-def _app(args: argparse.Namespace, engine: Engine, settings: ServeSettings) -> tuple[Any, Any]:
-    """The application over a started worker, watched by the metrics."""
-    from dspark.engine.worker import Worker
-    from dspark.serve.app import make_app
-    from dspark.serve.dashboard import make_dashboard
-
-    drafter = _drafter_name(args)
-    monitoring = _monitoring(args, engine, settings.model_names[0])
-    worker = Worker(
-        engine,
-        max_waiting=args.max_waiting,
-        stuck_seconds=args.stuck_after,
-        observers=[monitoring.step],
-        on_finished=[monitoring.request],
-        idle_tasks=[monitoring.idle],
-        at_end=[monitoring.close],
-        drafter=drafter,
-    )
-    dashboard = make_dashboard(monitoring.snapshot, is_ending=lambda: worker.is_draining)
-    return make_app(worker.start(), settings, monitoring.metrics.render, [dashboard]), worker
-
-
-def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitoring:
+def _monitoring(args: argparse.Namespace, engine: Engine) -> Monitoring:
     """Canaries compare tokens, which only the coupled rule promises."""
     import numpy as np
 
@@ -264,7 +270,7 @@ def _monitoring(args: argparse.Namespace, engine: Engine, name: str) -> Monitori
     target = engine.target
     dtype = str(target.dtype).removeprefix("torch.")
     return Monitoring(
-        name,
+        _names(args)[0],
         _drafter_name(args),
         target.cache.limit,
         watch,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any, cast
 
 import numpy as np
@@ -23,11 +21,12 @@ from dspark.budget.schedulers import AUTO, make_scheduler
 from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
 from dspark.engine.drafting import Drafting
+from dspark.engine.intake import Intake
 from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.measuring import Grid, measure
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
-from dspark.engine.text import Prompt, render_prompt
+from dspark.engine.text import Prompt
 from dspark.errors import InvalidConfiguration, InvalidRequest
 from dspark.sampling import KeyedDraws, token_logprobs
 from dspark.target.target import Extension, Target
@@ -49,8 +48,6 @@ from dspark.types import (
 from dspark.verify import make_rule
 
 _SHORT_GRID = Grid(requests=(1, 4, 8, 16, 32), contexts=(64, 256), repeats=3, seconds=2.0)
-
-_request_ids = count()  # shared, because engines may share a target and with it the cache
 
 
 class Engine:
@@ -184,12 +181,16 @@ class Engine:
         """Queue a prompt; `step` until `finish_reason` is set, then ask for `result`."""
         return self.enqueue(self.prepare(prompt, params, raw))
 
+    @property
+    def intake(self) -> Intake:
+        """What prompts and parameters are checked against."""
+        target = self.target
+        return Intake(target.tokenizer, target.vocab_size, self.max_length, target.end_token_ids)
+
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
         """Check a prompt and make a request of it, which `enqueue` takes. Any thread may do this while another steps."""
         params = params or SamplingParams()
-        tokens = self._tokenise(prompt, params, raw)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(next(_request_ids), list(tokens), params, num_prompt_tokens=len(tokens), seed=seed)
+        request = self.intake.prepare(prompt, params, raw)
         if params.grammar is not None:
             request.matcher = params.grammar.matcher()
         if self.target.tokenizer is not None:
@@ -413,21 +414,6 @@ class Engine:
         return "length" if self._room(request) < 1 else None
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------------
-
-    def _tokenise(self, prompt: Prompt, params: SamplingParams, raw: bool) -> list[int]:
-        tokens = render_prompt(self.target.tokenizer, prompt, raw)
-        vocab_size = self.target.vocab_size  # asks the model: not for every token
-        outside = [t for t in (*tokens, *params.logit_bias) if not 0 <= t < vocab_size]
-        if outside:
-            raise InvalidRequest(f"token ids must be in 0 .. {vocab_size - 1}; got {outside[0]}")
-        if len(tokens) >= self.max_length:
-            raise InvalidRequest(
-                f"the prompt has {len(tokens)} tokens, but this engine holds {self.max_length} with at least one to "
-                "generate: shorten the prompt, or use a target with a longer context or more slots"
-            )
-        if params.stop and self.target.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer, and this target has none: use stop_token_ids")
-        return tokens
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dspark.engine.engine import Engine
-from dspark.errors import QueueFull, ShuttingDown
+from dspark.engine.admission import Admission
+from dspark.errors import ShuttingDown
 from dspark.types import Delta, Observer, Request, RequestObserver, RequestRecord, StepRecord
+
+if TYPE_CHECKING:
+    from dspark.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ class Worker:
         at_end: Iterable[Callable[[], Any]] = (),
         drafter: str | None = None,
     ) -> None:
-        self.engine, self.max_waiting, self.stuck_seconds = engine, max_waiting, stuck_seconds
+        self.engine, self.stuck_seconds = engine, stuck_seconds
+        self.admission = Admission(engine.batcher.max_running, max_waiting)  # under the lock
         self.drafter = drafter or type(engine.drafter).__name__
         self.observers: list[Observer] = list(observers)
         self.on_finished: list[RequestObserver] = list(on_finished)
@@ -77,13 +80,11 @@ class Worker:
         self.num_faults = 0  # steps that raised
         self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._jobs: dict[int, _Job] = {}  # of the worker's thread alone
-        self._num_open = 0  # submitted and not ended, under the lock
         self._lock = threading.Lock()
-        self._draining, self._ended = False, threading.Event()
+        self._ended = threading.Event()
         self._step_began: float | None = None
         self._untold: list[StepRecord] = []
         self._last_told = 0.0
-        self._finish_gap, self._last_finish = 0.0, 0.0  # smoothed seconds between two finished requests
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="dspark-watchdog", daemon=True)
 
@@ -101,14 +102,9 @@ class Worker:
         """
         arrival = time.monotonic()
         with self._lock:
-            if self._draining or not self._thread.is_alive():
-                raise ShuttingDown("the server is shutting down: no new request is taken")
-            if self._num_open + len(requests) > self.engine.batcher.max_running + self.max_waiting:
-                raise QueueFull(
-                    f"{self._num_open} requests are running or waiting, and {self.max_waiting} may wait: try again later",
-                    retry_seconds=self._retry_seconds(),
-                )
-            self._num_open += len(requests)
+            if not self._thread.is_alive():
+                raise ShuttingDown("the engine's thread has ended: no new request is taken")
+            self.admission.take(len(requests))
             jobs = [_Job(request, sink, arrival) for request, sink in zip(requests, sinks, strict=True)]
             self._inbox.put(partial(self._accept, jobs))
 
@@ -127,7 +123,7 @@ class Worker:
     def begin_drain(self) -> None:
         """Take no new requests; the thread ends once those it has are finished."""
         with self._lock:
-            self._draining = True
+            self.admission.close()
         self.wake()
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -138,6 +134,10 @@ class Worker:
         is_done = not self._thread.is_alive()
         self.close()
         return is_done
+
+    def wait(self) -> None:
+        """Until the thread has ended."""
+        self._thread.join()
 
     def close(self, timeout: float | None = 30.0) -> None:
         """Cancel everything and stop; waits for the current step."""
@@ -155,7 +155,7 @@ class Worker:
 
     @property
     def is_draining(self) -> bool:
-        return self._draining
+        return self.admission.is_closed
 
     @property
     def is_stuck(self) -> bool:
@@ -166,7 +166,7 @@ class Worker:
     @property
     def num_open(self) -> int:
         """Requests that were taken and have not ended."""
-        return self._num_open
+        return self.admission.num_open
 
     # -- the thread ------------------------------------------------------------------------------------------------------
 
@@ -184,14 +184,14 @@ class Worker:
         """Do what callers asked for; False once there is nothing left to do, ever."""
         while not self._inbox.empty():
             self._inbox.get()()
-        return not self._draining or bool(self._jobs) or not self._inbox.empty()
+        return not self.is_draining or bool(self._jobs) or not self._inbox.empty()
 
     def _rest(self) -> None:
         """Idle tasks while they have something to do, else wait for a caller."""
         for task in list(self.idle_tasks):
             if self._guarded(self.idle_tasks, task):
                 return
-        if not self._draining:
+        if not self.is_draining:
             self._inbox.get()()
 
     def _step(self) -> StepRecord | None:
@@ -261,9 +261,7 @@ class Worker:
         job.finish = now
         del self._jobs[job.request.id]
         with self._lock:
-            self._num_open -= 1
-            gap, self._last_finish = now - (self._last_finish or job.arrival), now
-            self._finish_gap += 0.1 * (gap - self._finish_gap) if self._finish_gap else gap
+            self.admission.end(job.arrival, now)
 
     def _tell(self, record: StepRecord | None, ended: Sequence[_Job]) -> None:
         """Let those who watch know of a step and of the requests that have ended."""
@@ -307,9 +305,6 @@ class Worker:
             those.remove(call)
             return None
 
-    def _retry_seconds(self) -> int:
-        return max(1, min(60, math.ceil(self._finish_gap * self.max_waiting / 2)))
-
     def _watch(self) -> None:
         interval = max(0.05, min(5.0, self.stuck_seconds / 4))
         reported: float | None = None
@@ -325,7 +320,8 @@ def _delta(request: Request, num_seen: int) -> Delta:
     tokens = request.tokens[request.num_prompt_tokens + num_seen :]
     text = "" if request.text is None else request.text.take(tokens, request.finish_reason is not None)
     logprobs = request.logprobs[num_seen:] if request.params.logprobs is not None else []
-    return Delta(text, tokens, request.is_drafted[num_seen:], request.finish_reason, logprobs)
+    fault = getattr(request.matcher, "fault", None) if request.finish_reason is not None else None
+    return Delta(text, tokens, request.is_drafted[num_seen:], request.finish_reason, logprobs, fault)
 
 
 def _nothing() -> None:

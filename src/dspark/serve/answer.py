@@ -81,9 +81,8 @@ class Answer:
     def _reason(self, index: int, delta: Delta) -> str | None:
         if delta.finish_reason is None:
             return None
-        fault = getattr(self.run.requests[index].matcher, "fault", None)
-        if fault is not None:
-            raise ApiError(500, f"the grammar could not be followed to its end: {fault}", "response_format")
+        if delta.fault is not None:
+            raise ApiError(500, f"the grammar could not be followed to its end: {delta.fault}", "response_format")
         has_called = self._voices[index].has_called and delta.finish_reason == "stop"
         return "tool_calls" if has_called else delta.finish_reason
 

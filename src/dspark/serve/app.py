@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's endpoints over an engine's worker."""
+"""The HTTP API: OpenAI's endpoints over an engine, wherever it runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from starlette.requests import Request as HttpRequest
 from dspark import __version__
 from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Prompt, render_prompt
-from dspark.engine.worker import Worker
 from dspark.errors import InvalidRequest
 from dspark.serve import page
 from dspark.serve.answer import Answer, EventStream, whole_response
 from dspark.serve.asked import check_limits, conversation, grammar_of, params_of, shown_tools, voice_of
+from dspark.serve.backend import Backend
 from dspark.serve.faults import ApiError, add_handlers, as_api_error
 from dspark.serve.gate import Gate
 from dspark.serve.grammar import Grammars
 from dspark.serve.replies import Head, TokenNames
-from dspark.serve.run import Outbox, Run
+from dspark.serve.run import Run
 from dspark.serve.settings import ServeSettings
 from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dspark.types import Request
@@ -43,21 +43,13 @@ _ERROR = {
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 405, 408, 413, 422, 429, 500, 503), _ERROR)
 
 
-def make_app(
-    worker: Worker,
-    settings: ServeSettings,
-    metrics: Callable[[], bytes] | None = None,
-    routers: Sequence[APIRouter] = (),
-) -> FastAPI:
-    """The server's routes over a started worker, which the caller stops.
-
-    metrics  what GET /metrics answers, in Prometheus' text format
-    routers  further pages, such as a dashboard
-    """
-    desk = Desk(worker, settings)
+def make_app(backend: Backend, settings: ServeSettings, routers: Sequence[APIRouter] = ()) -> FastAPI:
+    """The server's routes over a started engine, which the caller stops; further pages, such as a dashboard, by routers."""
+    desk = Desk(backend, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await backend.open()
         yield
         desk.close()
 
@@ -74,7 +66,7 @@ def make_app(
     add_handlers(app)
     _add_completions(app, desk)
     _add_models(app, desk)
-    _add_state(app, worker, metrics)
+    _add_state(app, backend)
     app.include_router(page.router)
     for router in routers:
         app.include_router(router)
@@ -82,15 +74,15 @@ def make_app(
 
 
 class Desk:
-    """Where requests are checked, tokenised and handed to the worker.
+    """Where requests are checked, tokenised and handed to the engine.
 
     What takes longer than a moment (tokenising long prompts, grammars) happens on one thread beside the event loop, never on
     both at a time, with a tokenizer of their own: those of `tokenizers` are not safe to share.
     """
 
-    def __init__(self, worker: Worker, settings: ServeSettings) -> None:
-        self.worker, self.settings, self.engine = worker, settings, worker.engine
-        self.tokenizer = copy.deepcopy(self.engine.target.tokenizer)
+    def __init__(self, backend: Backend, settings: ServeSettings) -> None:
+        self.backend, self.settings = backend, settings
+        self.tokenizer = copy.deepcopy(backend.intake.tokenizer)
         self.names = TokenNames(self.tokenizer)
         self._thread = ThreadPoolExecutor(1, "dspark-text")
         self._latest: Future[Any] = Future()
@@ -105,12 +97,8 @@ class Desk:
 
     @cached_property
     def _grammars(self) -> Grammars:
-        target = self.engine.target
-        return Grammars(self.tokenizer, target.vocab_size, target.end_token_ids)
-
-    @cached_property
-    def _outbox(self) -> Outbox:
-        return Outbox(self.worker, asyncio.get_running_loop())
+        intake = self.backend.intake
+        return Grammars(self.tokenizer, intake.vocab_size, intake.end_token_ids)
 
     async def answer(self, body: ChatRequest | CompletionRequest, num_bytes: int) -> Answer:
         """Check a body of this size and start its work."""
@@ -118,10 +106,10 @@ class Desk:
         check_limits(body, self.settings)
         needs_grammar = body.response_format is not None or (isinstance(body, ChatRequest) and body.tools is not None)
         if num_bytes <= _MOMENT_BYTES and not needs_grammar and self._latest.done():
-            requests = self._prepare(body)  # at once: each change of threads has to wait until the engine's gives way
+            requests = self._prepare(body)  # at once: changing threads twice would take as long
         else:
             requests = await self.beside(self._prepare, body)
-        run = Run(self.worker, self._outbox, requests, self.settings.request_seconds)
+        run = Run(self.backend, requests, self.settings.request_seconds)
         kind = "chat.completion" if isinstance(body, ChatRequest) else "text_completion"
         return Answer(
             Head(kind, model),
@@ -134,14 +122,14 @@ class Desk:
 
     def _prepare(self, body: ChatRequest | CompletionRequest) -> list[Request]:
         grammar = grammar_of(body, lambda: self._grammars, self.settings.max_grammar_bytes)
-        each = params_of(body, self.engine.max_length, grammar, self.settings.seed)
+        each = params_of(body, self.backend.intake.max_length, grammar, self.settings.seed)
         if isinstance(body, ChatRequest):
             prompts = [self.tokens("messages", conversation(body.messages), tools=shown_tools(body))]
         else:
             prompts = [self.tokens("prompt", prompt, raw=True) for prompt in body.prompts]
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
-            return [self.engine.prepare(prompt, params) for prompt in prompts for params in each]
+            return [self.backend.prepare(prompt, params) for prompt in prompts for params in each]
         except InvalidRequest as error:
             param = "logit_bias" if body.logit_bias and "token ids" in str(error) else field
             raise as_api_error(error, param) from error
@@ -184,7 +172,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
 
 def _add_models(app: FastAPI, desk: Desk) -> None:
     def card(name: str) -> dict[str, Any]:
-        length = desk.engine.max_length
+        length = desk.backend.intake.max_length
         return {"id": name, "object": "model", "created": 0, "owned_by": "dspark", "max_model_len": length}
 
     @app.get("/v1/models", responses=_ERRORS)
@@ -207,29 +195,32 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
             tokens = await desk.beside(desk.tokens, "messages", conversation(body.messages))
         else:
             tokens = await desk.beside(desk.tokens, "prompt", body.prompt or "", True)
-        return {"count": len(tokens), "max_model_len": desk.engine.max_length, "tokens": tokens}
+        return {"count": len(tokens), "max_model_len": desk.backend.intake.max_length, "tokens": tokens}
 
     @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids, special tokens included."""
         desk.model_named(body.model)
-        if any(token >= desk.engine.target.vocab_size for token in body.tokens):
-            raise ApiError(400, f"tokens: ids must be below {desk.engine.target.vocab_size}", "tokens")
+        vocab_size = desk.backend.intake.vocab_size
+        if any(token >= vocab_size for token in body.tokens):
+            raise ApiError(400, f"tokens: ids must be below {vocab_size}", "tokens")
         return {"prompt": await desk.beside(lambda: str(desk.tokenizer.decode(body.tokens)))}
 
 
-def _add_state(app: FastAPI, worker: Worker, metrics: Callable[[], bytes] | None) -> None:
+def _add_state(app: FastAPI, backend: Backend) -> None:
     @app.get("/health", responses=_ERRORS)
     async def health() -> dict[str, str]:
         """Liveness: 503 once only a restart would help."""
-        if worker.is_stuck or not (worker.is_alive or worker.is_draining):
-            raise ApiError(503, "the engine is stuck" if worker.is_stuck else "the engine's thread has ended")
+        if not (backend.is_alive or backend.is_draining):
+            raise ApiError(503, "the engine has ended", code="engine_lost")
+        if backend.is_alive and await backend.is_stuck():
+            raise ApiError(503, "the engine is stuck")
         return {"status": "ok"}
 
     @app.get("/ready", responses=_ERRORS)
     async def ready() -> dict[str, str]:
         """Readiness: whether a request that comes now is taken."""
-        if worker.is_draining:
+        if backend.is_draining:
             raise ApiError(503, "shutting down: running requests are being finished", code="shutting_down")
         await health()
         return {"status": "ready"}
@@ -238,8 +229,6 @@ def _add_state(app: FastAPI, worker: Worker, metrics: Callable[[], bytes] | None
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    if metrics is not None:
-
-        @app.get("/metrics", response_class=PlainTextResponse)
-        async def prometheus() -> Response:
-            return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        return Response(await backend.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

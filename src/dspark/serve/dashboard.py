@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -21,11 +21,11 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def make_dashboard(
-    source: Callable[[], dict[str, Any]],
+    source: Callable[[], Awaitable[dict[str, Any]]],
     interval_seconds: float = 1.0,
     is_ending: Callable[[], bool] = lambda: False,
 ) -> APIRouter:
-    """A router with the page and its events; every event is one `source()` as JSON (monitor/snapshot.py).
+    """A router with the page and its events; every event is one `await source()` as JSON (monitor/snapshot.py).
 
     is_ending   asked before every event: the stream closes when the server shuts down instead of holding it up
     """
@@ -42,7 +42,7 @@ def make_dashboard(
 
         async def stream() -> AsyncIterator[str]:
             while not is_ending():
-                snapshot = await asyncio.to_thread(source)
+                snapshot = await source()
                 yield f"data: {json.dumps(snapshot, allow_nan=False)}\n\n"
                 if once:
                     return

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from dspark.errors import DSparkError, InvalidRequest, QueueFull, ShuttingDown
+from dspark.errors import DSparkError, EngineLost, InvalidRequest, QueueFull, ShuttingDown
 from dspark.serve import wire
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         return refusal
     if isinstance(error, ShuttingDown):
         return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, EngineLost):
+        return ApiError(503, str(error), code="engine_lost")
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error), param)
     if isinstance(error, DSparkError):

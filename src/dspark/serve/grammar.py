@@ -30,7 +30,7 @@ class Grammars:
     def json_schema(self, schema: Mapping[str, Any] | bool) -> JsonGrammar:
         """Any JSON value that the schema admits. Raises InvalidRequest for one that is wrong or not supported."""
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
-        return self._compile(text)
+        return self.compile(text)
 
     def calls(self, functions: Mapping[str, Mapping[str, Any]]) -> JsonGrammar:
         """{"name": ..., "arguments": ...} for one of the functions, given as name -> schema of its arguments."""
@@ -39,20 +39,22 @@ class Grammars:
             before = json.dumps('{"name": ' + json.dumps(name) + ', "arguments": ')
             options = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
             rules.append(f'call{i}: {before} %json {options} "}}"')
-        return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+        return self.compile(LLMatcher.grammar_from_lark("\n".join(rules)))
 
-    def _compile(self, text: str) -> JsonGrammar:
+    def compile(self, text: str) -> JsonGrammar:
+        """A grammar by its `text`, which another process may have found good."""
         matcher = LLMatcher(self._tokenizer, text)
         if matcher.is_error():
             reason = (matcher.get_error() or "unknown error").strip().splitlines()[0]
             raise InvalidRequest(f"the schema cannot be used as a grammar: {reason}")
-        return JsonGrammar(matcher, self._vocab_size, self._end_token_ids)
+        return JsonGrammar(text, matcher, self._vocab_size, self._end_token_ids)
 
 
 class JsonGrammar:
-    """A compiled grammar; see `dspark.types.Grammar`."""
+    """A compiled grammar; see `dspark.types.Grammar`. `Grammars.compile(text)` makes it again elsewhere."""
 
-    def __init__(self, prototype: LLMatcher, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+    def __init__(self, text: str, prototype: LLMatcher, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self.text = text
         self._prototype, self._vocab_size, self._end_token_ids = prototype, vocab_size, list(end_token_ids)
 
     def matcher(self) -> JsonMatcher:

@@ -1,56 +1,30 @@
-"""The server as a process: sockets, signals, a graceful end, logs that machines can read."""
+"""The server as a process: sockets, signals, a graceful end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
-from dspark.engine.worker import Worker
 from dspark.errors import InvalidConfiguration
+from dspark.serve.engine_end import SWITCH_SECONDS
+
+if TYPE_CHECKING:
+    from dspark.serve.backend import Backend
 
 log = logging.getLogger(__name__)
 
-# The engine's thread and the event loop share the interpreter: how long one waits for the other to give it up.
-_SWITCH_SECONDS = 0.0005
 _GRACE_SECONDS = 5.0  # for telling clients of requests that were cancelled when draining took too long
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever `extra={"fields": {...}}` adds."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = {
-            "time": moment,
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def log_to_stderr(level: str) -> None:
-    """Everything of this package and of uvicorn as JSON lines; uvicorn's own access log is replaced by `dspark.access`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("dspark", "uvicorn"):
-        logging.getLogger(name).setLevel(level.upper())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,26 +39,26 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: FastAPI, worker: Worker, listening: socket.socket, drain_seconds: float) -> None:
-    """Answer until SIGTERM or Ctrl-C; then finish what was taken, for `drain_seconds` at most. A second signal ends at once."""
-    gc.freeze()  # models and libraries stay: no collection has to look through them, which takes tenths of a second
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
-        Server(app, worker, drain_seconds).run(sockets=[listening])
-    finally:
-        worker.close()
+def serve(app: FastAPI, backend: Backend, listening: socket.socket, drain_seconds: float) -> None:
+    """Answer until SIGTERM or Ctrl-C; then finish what was taken, for `drain_seconds` at most. A second signal ends at once.
+
+    Without an engine there is nothing to answer: it ends when that has.
+    """
+    gc.freeze()  # libraries stay: no collection has to look through them
+    sys.setswitchinterval(SWITCH_SECONDS)
+    Server(app, backend, drain_seconds).run(sockets=[listening])
 
 
 class Server(uvicorn.Server):
-    """Lets the worker drain on the first signal and exits with code 0, where uvicorn would raise the signal again."""
+    """Lets the engine drain on the first signal and exits with code 0, where uvicorn would raise the signal again."""
 
-    def __init__(self, app: FastAPI, worker: Worker, drain_seconds: float) -> None:
+    def __init__(self, app: FastAPI, backend: Backend, drain_seconds: float) -> None:
         grace = int(drain_seconds + _GRACE_SECONDS)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=grace
         )
         super().__init__(config)
-        self._worker, self._drain_seconds = worker, drain_seconds
+        self._backend, self._drain_seconds = backend, drain_seconds
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -105,7 +79,11 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
             return
-        log.info("shutting down: %d requests are being finished", self._worker.num_open)
-        self._worker.begin_drain()
-        asyncio.get_running_loop().call_later(self._drain_seconds, self._worker.cancel_all)
+        log.info("shutting down: %d requests are being finished", self._backend.num_open)
+        self._backend.begin_drain()
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._backend.cancel_all)
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        is_lost = not (self._backend.is_alive or self._backend.is_draining)
+        return await super().on_tick(counter) or is_lost

@@ -1,46 +1,20 @@
-"""One API request at work: its engine requests, and their deltas as they come from the worker's thread."""
+"""One API request at work: its engine requests, and their deltas as they come from the engine."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from dspark.engine.worker import Worker
+from dspark.serve.backend import Backend, Sink
 from dspark.serve.faults import ApiError
 from dspark.types import Delta, Request
 
 T = TypeVar("T")
 _Queue = asyncio.Queue[tuple[int, Delta | None]]  # None: time is up
-
-
-class Outbox:
-    """Takes what the worker's thread hands out to the event loop, all that a step brought at once.
-
-    Every wake-up of the loop makes the engine wait for its next turn at the interpreter: one for a step, not one for each
-    of its requests.
-    """
-
-    def __init__(self, worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._held: list[tuple[_Queue, int, Delta]] = []  # of the worker's thread
-        worker.on_delivered.append(self._send)
-
-    def sink(self, queue: _Queue, index: int) -> Callable[[Delta], None]:
-        """For `Worker.submit`: deltas of request `index` come out of `queue`."""
-        return lambda delta: self._held.append((queue, index, delta))
-
-    def _send(self) -> None:
-        held, self._held = self._held, []
-        self._loop.call_soon_threadsafe(_distribute, held)
-
-
-def _distribute(held: list[tuple[_Queue, int, Delta]]) -> None:
-    for queue, index, delta in held:
-        queue.put_nowait((index, delta))
 
 
 class Run:
@@ -49,13 +23,13 @@ class Run:
     Made and used on the event loop. `close` cancels what has not ended; it must be called whatever happens.
     """
 
-    def __init__(self, worker: Worker, outbox: Outbox, requests: Sequence[Request], max_seconds: float) -> None:
-        self.requests, self._worker = list(requests), worker
+    def __init__(self, backend: Backend, requests: Sequence[Request], max_seconds: float) -> None:
+        self.requests, self._backend = list(requests), backend
         self.began, self._max_seconds = time.monotonic(), max_seconds
         self.first_delta: float | None = None
         self._queue: _Queue = asyncio.Queue()
         self._open = len(self.requests)
-        worker.submit(self.requests, [outbox.sink(self._queue, index) for index in range(self._open)])
+        backend.submit(self.requests, [self._sink(index) for index in range(self._open)])
         self._timer = asyncio.get_running_loop().call_later(max_seconds, self._queue.put_nowait, (0, None))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -74,11 +48,14 @@ class Run:
                 raise ApiError(503, "the server is shutting down and cancelled this request", code="shutting_down")
             yield index, delta
 
+    def _sink(self, index: int) -> Sink:
+        return lambda delta: self._queue.put_nowait((index, delta))
+
     def close(self) -> None:
         self._timer.cancel()
         if self._open:
             for request in self.requests:
-                self._worker.cancel(request)
+                self._backend.cancel(request)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
