@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dspark.errors import InvalidConfiguration
 from dspark.sampling import KeyedDraws
 from dspark.target import native
 from dspark.target.captured import Outputs
+from dspark.target.direct import Direct
 from dspark.types import Draft, Request, SamplingParams
 from dspark.verify import Coupled, Rejection
 from target.tape import TapeRecorder
@@ -369,6 +371,19 @@ def assert_equal_drafts(eager: Pair, other: Pair) -> None:
                     pair.commit(request, [5] * (1 + (request.id + len(ids)) % 4))
             assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
             torch.testing.assert_close(drafts[0].confidence, drafts[1].confidence)
+
+
+def test_without_a_compiler_it_drafts_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(self: Direct, **arguments: Any) -> Outputs:
+        raise RuntimeError("no C++ compiler found\nand many lines more")
+
+    monkeypatch.setattr(Direct, "build", build)
+    eager, compiled = Pair(), Pair()
+    compiled.drafter.compile()
+    assert_equal_drafts(eager, compiled)
+    assert caplog.messages == ["the drafter runs uncompiled: no C++ compiler found"]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with progress(f"loading {args.target}", args.no_color):
+    with progress(generate.loading(args), args.no_color):
         engine = generate.make_engine(args, prefix_tokens=_REMEMBERED)
         params = generate.sampling_params(args)
     with contextlib.suppress(ImportError):

@@ -107,11 +107,11 @@ class _Run:
 
 def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
-    with progress(f"loading {args.target}", args.no_color):
+    with progress(loading(args), args.no_color):
         params = sampling_params(args)
         engine = make_engine(args)
     if args.compile:
-        with progress("compiling", args.no_color):
+        with progress("warming up", args.no_color):
             engine.generate([prompt], replace(params, max_tokens=min(16, params.max_tokens)), raw=args.raw)
 
     from dspark.budget.hindsight import Hindsight
@@ -155,6 +155,11 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
     names = [*(name.replace("-", "_") for name in _SAMPLING), "stop", "ignore_eos"]
     return SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def loading(args: argparse.Namespace) -> str:
+    """What `make_engine` is busy with."""
+    return f"loading {args.target}" + (" and compiling, which can take two minutes" if args.compile else "")
 
 
 def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:

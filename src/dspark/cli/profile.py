@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dspark.cli.generate import loading
 from dspark.cli.terminal import progress, quiet_weights, say
 from dspark.errors import InvalidRequest
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     requests, contexts = _numbers("requests", args.requests, 1), _numbers("contexts", args.contexts, 1)
     if not args.seconds > 0:
         raise InvalidRequest(f"--seconds must be more than 0; got {args.seconds:g}")
-    with progress(f"loading {args.target}", args.no_color):
+    with progress(loading(args), args.no_color):
         engine = _engine(args, max(requests))
         from dspark.budget.capacity import usual_path
         from dspark.engine.measuring import Grid, measure

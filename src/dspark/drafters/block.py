@@ -7,6 +7,7 @@ the anchor, as keys and values that are computed once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from dspark.target.direct import Direct
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
 from dspark.types import Draft, Request, Rule
+
+_log = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -268,6 +271,8 @@ class BlockDrafter:
         return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
 
     def _run_compiled(self, step: Step, noise: Tensor) -> Outputs:
+        if not self._compiled:
+            return self._run(step, noise)
         batch, kind = len(step.anchors), (len(step.anchors) > 1, step.keys[0].shape)
         compiled = self._compiled[batch > 1]
         if kind in self._built:
@@ -279,8 +284,17 @@ class BlockDrafter:
             for tensor in (*step[:7], step.mask, noise):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
-        with frozen_weights(self.device):
-            return compiled.build(step=step, noise=noise)
+        try:
+            with frozen_weights(self.device):
+                return compiled.build(step=step, noise=noise)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the compiler's own errors all derive from it
+            _log.warning(
+                "the drafter runs uncompiled: %s", (str(error).strip() or type(error).__name__).splitlines()[0]
+            )
+            self._compiled.clear()
+            return self._run(step, noise)
 
     def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keep keys and values of context, without drafting."""

@@ -37,7 +37,10 @@ def load() -> bool:
         torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        _log.warning("attention and noise run without their C++ kernels: %s", reason.strip().splitlines()[-1])
+        _log.warning(
+            "attention and noise run without their C++ kernels, slower (%s); with g++ installed they are compiled once",
+            reason.strip().splitlines()[-1],
+        )
         return False
     torch.library.register_fake("dspark::attend_slots", attended_shape)
     attend_slots = torch.ops.dspark.attend_slots
