@@ -18,8 +18,11 @@ from dspark.budget.calibration import (
     calibration_in,
     fingerprint,
     fit_affine,
+    fit_bias,
     fit_temperatures,
+    log_loss,
     split,
+    with_bias,
 )
 from dspark.budget.reliability import expected_calibration_error, ranking, report
 from dspark.errors import CheckpointError, InvalidRequest
@@ -63,6 +66,26 @@ def test_an_offset_is_recovered_where_temperatures_cannot_help() -> None:
     new = simulated(40_000, TEMPERATURES, offsets, seed=1)
     scaled = mean_error(new, fit_temperatures(known).apply(new.confidence))
     assert mean_error(new, fitted.apply(new.confidence)) < 0.008 < scaled / 2
+
+
+def test_one_bias_is_recovered_and_leaves_to_temperatures_what_they_can_mend() -> None:
+    known, new = (simulated(40_000, (1.0, 1.0, 1.0), (-0.5, -0.5, -0.5), seed) for seed in (0, 1))
+    bias = fit_bias(known)
+    assert bias == pytest.approx(-0.5, abs=0.03)
+    mended = with_bias(new, bias)
+    assert log_loss(mended) < log_loss(new) - 0.01
+    scaled = [mean_error(o, fit_temperatures(known).apply(o.confidence)) for o in (new, mended)]
+    assert mean_error(mended, mended.confidence) < 0.008 < scaled[0] / 2
+    assert with_bias(new, 0.0) is new
+
+
+def test_a_bias_learns_only_from_what_was_reached_and_observed() -> None:
+    outcomes = simulated(4_000, TEMPERATURES, NONE)
+    known = torch.ones_like(outcomes.known)
+    known[::5, 2:] = False
+    spoiled = torch.where(known & outcomes.reached, outcomes.accepted, ~outcomes.accepted)
+    honest, lied_to = (replace(outcomes, accepted=a, known=known) for a in (outcomes.accepted, spoiled))
+    assert fit_bias(honest) == fit_bias(lied_to) and log_loss(honest) == log_loss(lied_to)
 
 
 def test_what_was_not_observed_is_not_learned_from() -> None:

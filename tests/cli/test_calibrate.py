@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cli.command import PAIR, is_one_line_error, run, run_json
 from dspark import load_drafter, load_target
-from dspark.budget.calibration import Calibration
+from dspark.budget.calibration import Calibration, Outcomes
+from dspark.checkpoints.confidence_bias import BIAS, add_to_confidence_bias
+from dspark.cli.calibrate import _bias
 
 QUESTIONS = [f"Tom has {n} apples and buys {n + 3} more. How many apples has he?" for n in range(5, 45)]
 
@@ -41,6 +45,31 @@ def test_a_drafter_is_calibrated_and_stays_so(capsys: pytest.CaptureFixture[str]
     assert result["judged"]["held out"]["raw"]["num_rounds"] == stored.origin.num_held_out_rounds > 100
 
 
+def test_a_head_that_is_off_everywhere_is_corrected(
+    capsys: pytest.CaptureFixture[str], data: Path, drafter: Path
+) -> None:
+    shipped = load_file(drafter / "model.safetensors")
+    add_to_confidence_bias(drafter, 1.5)
+    run_json(capsys, "calibrate", "--data", str(data), "--drafter", str(drafter), "--max-tokens", "96", "--fit-bias")
+    now = load_file(drafter / "model.safetensors")
+    assert {name for name in now if not torch.equal(now[name], shipped[name])} <= {BIAS}
+    assert float(now[BIAS]) == pytest.approx(float(shipped[BIAS]), abs=0.5)
+    stored = Calibration.load(drafter / "calibration.json")
+    assert load_drafter(str(drafter), load_target("tiny")).calibration == stored  # type: ignore[attr-defined]
+
+
+def test_a_bias_that_does_not_help_elsewhere_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def rounds(share: float) -> Outcomes:
+        accepted = torch.rand(4_000, 1, generator=torch.Generator().manual_seed(0)) < share
+        yes = torch.ones_like(accepted)
+        return Outcomes(torch.full((4_000, 1), 0.5), yes, accepted, yes, torch.zeros(4_000).long(), ("all",))
+
+    assert _bias(rounds(0.3), rounds(0.3)) < -0.5
+    assert "gets bias" in capsys.readouterr().err
+    assert _bias(rounds(0.3), rounds(0.6)) == 0.0
+    assert "stays as it is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -48,6 +77,7 @@ def test_a_drafter_is_calibrated_and_stays_so(capsys: pytest.CaptureFixture[str]
         (["--data", "{data}", "--prompts", "1"], "--prompts must be 2 or more"),
         (["--data", "{data}", "--drafter", "ngram"], "no confidence head"),
         (["--data", "{data}", "--drafter", "dflash", "--dry-run"], "no confidences"),
+        (["--data", "{data}", "--fit-bias", "--out", "elsewhere"], "leave --out out"),
         (["--data", "{data}", "--prompts", "2", "--max-tokens", "24", "--dry-run"], "use more prompts"),
     ],
 )

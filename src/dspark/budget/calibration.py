@@ -3,6 +3,7 @@
 Confidence k is a logit z. The paper's STS (section 3.2.1) divides it by T_k: left to right, each T_k is the one with which
 the product of the calibrated confidences up to k is closest to how often whole prefixes survive. `fit_affine` also adds an
 offset, z / T_k + b_k, because a temperature cannot move confidences around one half, where those of deep positions lie.
+`fit_bias` is one offset for all positions, which the head's own bias can take up.
 Labels come from full-length verification: a position that was not verified has none.
 """
 
@@ -209,6 +210,37 @@ def fit_affine(outcomes: Outcomes) -> Calibration:
     return Calibration(tuple(round(1 / slope, 4) for slope, _ in fitted), tuple(round(b, 4) for _, b in fitted))
 
 
+def fit_bias(outcomes: Outcomes) -> float:
+    """b of sigmoid(z + b), the same for all positions, by maximum likelihood where all before it were accepted.
+
+    A head learns sum(min(p, q)), which is what the rejection rule accepts. The coupled rule accepts less: a share c of it
+    becomes c / (2 - c) at the least (Daliri et al. 2024), which is half the odds: so that rule alone costs a head up to ln 2.
+    """
+    _require_rounds(outcomes.known)
+    logits, happened = _of_reached(outcomes)
+    precision, bias = _PRIOR_PRECISION[1], 0.0
+    for _ in range(25):
+        p = torch.sigmoid(logits + bias)
+        step = float((happened - p).sum() - precision * bias) / float(precision + (p * (1 - p)).sum())
+        bias += max(-1.0, min(1.0, step))
+        if abs(step) < 1e-9:
+            break
+    return bias
+
+
+def with_bias(outcomes: Outcomes, bias: float) -> Outcomes:
+    """The same rounds, had the drafter added `bias` to the logit of every confidence."""
+    if not bias:
+        return outcomes
+    return dataclasses.replace(outcomes, confidence=torch.sigmoid(logit(outcomes.confidence) + bias))
+
+
+def log_loss(outcomes: Outcomes) -> float:
+    """Mean -log probability of what became of a token, where all before it were accepted. Nats."""
+    logits, happened = _of_reached(outcomes)
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, happened))
+
+
 def split(outcomes: Outcomes, seed: int = 0) -> tuple[Outcomes, Outcomes]:
     """(to fit on, held out): halves by prompt."""
     num_prompts = int(outcomes.prompts.max()) + 1
@@ -224,6 +256,12 @@ def fingerprint(folder: Path) -> str:
         with file.open("rb") as opened:
             digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
     return digest.hexdigest()[:16]
+
+
+def _of_reached(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+    """(logits, accepted) of all tokens whose ancestors were accepted, whatever their position."""
+    rows = outcomes.reached & outcomes.known
+    return logit(outcomes.confidence.double())[rows], outcomes.accepted[rows].double()
 
 
 def _require_rounds(known: Tensor) -> None:

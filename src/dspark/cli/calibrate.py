@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="affine",
         help="what is stored: temperature and offset by position (default), or the paper's temperatures alone",
     )
+    output.add_argument(
+        "--fit-bias",
+        action="store_true",
+        help="first correct the confidence head itself, by one number in its weights: its bias, for --rule",
+    )
     output.add_argument("--out", type=Path, help="folder to write to (default: the drafter's)")
     output.add_argument("--dry-run", action="store_true", help="judge, and write nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object")
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
-    from dspark.budget.calibration import Origin, fingerprint, fit_affine, fit_temperatures, split
+    from dspark.budget.calibration import Origin, fingerprint, fit_affine, fit_temperatures, split, with_bias
     from dspark.budget.reliability import report
 
     if args.threads is not None:
@@ -78,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(args, drafter)
     started = time.perf_counter()
     fitting, held_out = split(_collect(args, args.data, args.prompts, target, drafter), args.seed)
+    bias = _bias(fitting, held_out) if args.fit_bias else 0.0
+    fitting, held_out = with_bias(fitting, bias), with_bias(held_out, bias)
     fitted: dict[str, Calibration | None] = {
         "raw": None,
         "sts": fit_temperatures(fitting),
@@ -95,9 +102,11 @@ def run(args: argparse.Namespace) -> int:
     domains = sorted(set(held_out.domains))
     judged |= {domain: judge(held_out.of_domain(domain)) for domain in domains if len(domains) > 1}
     if args.shifted:
-        shifted = _collect(args, args.shifted, max(2, args.prompts // 3), target, drafter)
-        judged["shifted"] = judge(shifted)
-        judged |= {f"shifted {d}": judge(shifted.of_domain(d)) for d in sorted(set(shifted.domains))}
+        others = with_bias(_collect(args, args.shifted, max(2, args.prompts // 3), target, drafter), bias)
+        judged["shifted"] = judge(others)
+        judged |= {f"shifted {d}": judge(others.of_domain(d)) for d in sorted(set(others.domains))}
+    if bias and not args.dry_run:
+        _correct_head(folder, bias)
 
     def stored(name: str) -> Calibration:
         calibration, before, after = fitted[name], judged["held out"]["raw"], judged["held out"][name]
@@ -151,6 +160,8 @@ def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
             f"the drafter {args.drafter} has no confidence head and no folder, so there is nothing to calibrate "
             "beforehand: the engine learns its acceptance while serving. Use a drafter such as dspark"
         )
+    if args.fit_bias and args.out:
+        raise InvalidRequest("--fit-bias changes the drafter where it lies: copy its folder, and leave --out out")
     folder: Path = args.out or own
     if not args.dry_run:
         if args.out:
@@ -179,6 +190,26 @@ def _collect(args: argparse.Namespace, data: Path, num: int, target: Target, dra
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     with progress(f"answering {len(prompts)} questions of {data.name}", args.no_color):
         return collect(target, drafter, prompts, params, args.rule, domains=domains)
+
+
+def _bias(fitting: Outcomes, held_out: Outcomes) -> float:
+    """What the head's bias lacks; 0 where adding it would not help on the questions it was not fitted to."""
+    from dspark.budget.calibration import fit_bias, log_loss, with_bias
+
+    bias = fit_bias(fitting)
+    before, after = log_loss(held_out), log_loss(with_bias(held_out, bias))
+    what = f"bias {bias:+.3f}, with which the held-out log loss goes from {before:.4f} to {after:.4f}"
+    say(f"the confidence head {'gets' if after < before else 'stays as it is, without'} {what}")
+    return bias if after < before else 0.0
+
+
+def _correct_head(folder: Path, bias: float) -> None:
+    from dspark.budget.calibration import FILE, SGLANG_FILE
+    from dspark.checkpoints.confidence_bias import add_to_confidence_bias
+
+    for name in (FILE, SGLANG_FILE):  # of the head as it was: killed from here on, the drafter has none
+        (folder / name).unlink(missing_ok=True)
+    add_to_confidence_bias(folder, bias)
 
 
 def _write(
