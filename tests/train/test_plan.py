@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
+from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.train.kinds import find_mask_token, make_config, shape_of, spread_layers
 from dspark.train.plan import Plan, make_plan
-from dspark.train.rendering import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.train.texts import Text, TextsInfo, save_texts
 
 DRAFTER = "[drafter]\nnum_hidden_layers = 1\nmask_token_id = 3\nmarkov_rank = 8\n"

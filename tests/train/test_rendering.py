@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from dspark.checkpoints.prompt_format import template_fingerprint
 from dspark.errors import InvalidConfiguration
 from dspark.train.records import Record
-from dspark.train.rendering import Renderer, Unusable, template_fingerprint
+from dspark.train.rendering import Renderer, Unusable
 from dspark.train.texts import Text
 
 PAIR = Path(__file__).parents[2] / "pairs" / "tiny"

@@ -19,11 +19,11 @@ from dspark.checkpoints.drafter import (
     LoadedDrafter,
     for_target,
     load_block_drafter,
+    misfits,
     read_config,
-    tensor_problems,
-    unfit,
 )
 from dspark.checkpoints.folder import Checkpoint
+from dspark.checkpoints.prompt_format import template_note
 from dspark.drafters.block_model import BlockModel, TraceBatch
 from dspark.drafters.eagle3_model import Eagle3Model
 from dspark.errors import InvalidConfiguration
@@ -116,7 +116,7 @@ def examine(checkpoint: Checkpoint, target: Target, texts: Sequence[tuple[list[i
     if claimed.normed_residual is None and hasattr(config, "norm_before_residual"):
         claimed = dataclasses.replace(claimed, normed_residual=config.norm_before_residual)
     notes = _notes(checkpoint, target)
-    if problems := [*unfit(config, target), *tensor_problems(checkpoint, config)]:
+    if problems := misfits(checkpoint, config, target):
         return Diagnosis(claimed, [], problems, notes)
     loaded = load_block_drafter(checkpoint, target, dtype=torch.float32, own_embeddings=True)
     loaded = dataclasses.replace(loaded, model=loaded.model.to(target.device))
@@ -256,6 +256,8 @@ def _notes(checkpoint: Checkpoint, target: Target) -> list[str]:
     template = checkpoint.path / "chat_template.jinja"
     if tokenizer is None:
         notes.append("the target has no tokenizer: the prompt format cannot be checked")
+    elif "template_sha256" in checkpoint.config:
+        notes += filter(None, [template_note(checkpoint.config, target)])
     elif not template.is_file():
         notes.append("the drafter does not say which chat template it was trained with; the target's own was used here")
     elif template.read_text(encoding="utf-8").strip() != str(tokenizer.chat_template or "").strip():

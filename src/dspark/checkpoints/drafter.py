@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 
 from dspark.checkpoints.dialects import MODELS, DrafterConfig, DrafterModel, canonical, canonical_tensor
 from dspark.checkpoints.folder import Checkpoint, TensorHeader
+from dspark.checkpoints.prompt_format import template_note, tokenizer_problems
 from dspark.drafters.block_model import BlockConfig
 from dspark.drafters.eagle3_model import Eagle3Config
 from dspark.errors import CheckpointError
 from dspark.target.target import Target
+
+log = logging.getLogger(__name__)
 
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec stores copies of the target's
 VOCABULARY = ("d2t", "t2d")  # EAGLE stores them even where they say nothing
@@ -49,11 +53,13 @@ def load_block_drafter(
     own_embeddings  keep the checkpoint's embedding and head where they differ from the target's, instead of refusing
     """
     config = for_target(read_config(checkpoint), target)
-    if problems := [*unfit(config, target), *tensor_problems(checkpoint, config)]:
+    if problems := misfits(checkpoint, config, target):
         raise CheckpointError(
             f"the drafter {checkpoint.name} does not fit {target.name}: {'; '.join(problems)}. "
             "Use a drafter trained for this target, and check the copy if tensors are missing"
         )
+    if note := template_note(checkpoint.config, target):
+        log.warning("%s: %s", checkpoint.name, note)
     dtype, device = dtype or target.dtype, device or target.device
     model = empty_model(config)
     tensors = read_tensors(checkpoint, list(model.state_dict()))
@@ -162,6 +168,12 @@ def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
 def vocabulary(model: DrafterModel) -> Tensor | None:
     """[W]  target ids of the tokens a drafter with a reduced vocabulary can draft; None: all of them."""
     return getattr(model, "target_ids", None)
+
+
+def misfits(checkpoint: Checkpoint, config: DrafterConfig, target: Target) -> list[str]:
+    """Every reason why this drafter cannot serve this target; empty if it can."""
+    wrong_tokens = tokenizer_problems(checkpoint.config, target)
+    return [*unfit(config, target), *wrong_tokens, *tensor_problems(checkpoint, config)]
 
 
 def unfit(config: DrafterConfig, target: Target) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dspark.checkpoints.dialects import canonical, dialect
-from dspark.checkpoints.drafter import SHARED, for_target, read_config, stored_tensors, tensor_problems, unfit
+from dspark.checkpoints.drafter import SHARED, for_target, misfits, read_config, stored_tensors
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
 from dspark.drafters.block_model import BlockConfig
 from dspark.drafters.eagle3_model import Eagle3Config
@@ -28,7 +28,7 @@ def check_fit(path: str, target: Target) -> list[str]:
             return []
         return [f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}"]
     config = for_target(read_config(checkpoint), target)
-    return [*unfit(config, target), *tensor_problems(checkpoint, config)]
+    return misfits(checkpoint, config, target)
 
 
 def _describe_drafter(checkpoint: Checkpoint, written_by: str) -> dict[str, Any]:

@@ -154,8 +154,8 @@ def _server(args: argparse.Namespace, renderer: Renderer) -> Any:
 
 def _goes_on(args: argparse.Namespace, settings: AnswerSettings, renderer: Renderer, vocab_size: int) -> bool:
     """Write down how this folder is made, or make sure that it goes on in the same way. Returns whether it goes on."""
+    from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
     from dspark.train.prepare import input_of
-    from dspark.train.rendering import fingerprint, template_fingerprint, tokenizer_fingerprint
     from dspark.train.texts import INFO, TextsInfo, read_infos
 
     wanted = asdict(settings) | {"input": input_of(args.inputs), "on_error": args.on_error}

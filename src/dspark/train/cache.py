@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark.checkpoints.prompt_format import fingerprint
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.train.files import replace_file
-from dspark.train.rendering import fingerprint
 from dspark.train.texts import Text, pad
 from dspark.train.traces import TargetStates
 

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from dspark.checkpoints.folder import open_checkpoint
+from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.losses import LossWeights
 from dspark.target.loading import resolve
 from dspark.train.kinds import make_config, shape_of
-from dspark.train.rendering import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.train.settings import from_table, read_toml
 from dspark.train.student import Recipe, TrainSettings
 from dspark.train.texts import Text, TextsInfo, read_infos, read_texts

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.errors import InvalidConfiguration
 from dspark.train.records import Malformed, Record, files_of
-from dspark.train.rendering import Renderer, Unusable, fingerprint, template_fingerprint, tokenizer_fingerprint
+from dspark.train.rendering import Renderer, Unusable
 from dspark.train.texts import Text, TextsInfo, save_texts
 
 _TEXTS_PER_SHARD = 4096

@@ -6,8 +6,6 @@ A prefix is never tokenised by itself: the same characters may be other tokens t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,22 +140,6 @@ def _text(token_ids: Sequence[int], mask: Sequence[bool]) -> Text | Unusable:
     if not any(mask):
         return Unusable("no token of it is the assistant's")
     return Text(torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask))
-
-
-def template_fingerprint(tokenizer: Any) -> str:
-    """Equal for equal chat templates; `none` without one."""
-    template = getattr(tokenizer, "chat_template", None)
-    return "none" if template is None else fingerprint(template)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Equal where the same tokens have the same ids."""
-    return fingerprint(tokenizer.get_vocab())
-
-
-def fingerprint(value: Any) -> str:
-    """SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_tokenizer(target: str) -> tuple[Any, int]:

@@ -1,0 +1,49 @@
+"""Which tokens and which chat template a drafter was trained on: `dspark train` notes their hashes in its config.json.
+
+Neither shows in a tensor's shape. Other ids for the same words make a drafter useless without an error, another template
+makes it worse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dspark.target.target import Target
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Equal where the same tokens have the same ids."""
+    return fingerprint(tokenizer.get_vocab())
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """Equal for equal chat templates; `none` without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "none" if template is None else fingerprint(template)
+
+
+def tokenizer_problems(config: Mapping[str, Any], target: Target) -> list[str]:
+    """Why a drafter with this config.json cannot read the target's tokens; empty if it can, or does not say."""
+    noted = config.get("tokenizer_sha256")
+    if noted is None or target.tokenizer is None or noted == tokenizer_fingerprint(target.tokenizer):
+        return []
+    return [
+        "it was trained with another tokenizer (if only names of unused tokens differ, take tokenizer_sha256 out of its "
+        "config.json)"
+    ]
+
+
+def template_note(config: Mapping[str, Any], target: Target) -> str | None:
+    """What to say where the drafter was trained in another chat template than the target has; None: nothing."""
+    noted = config.get("template_sha256")
+    if noted is None or target.tokenizer is None or noted == template_fingerprint(target.tokenizer):
+        return None
+    return "the drafter was trained with another chat template than the target has: acceptance in chats will be lower"
