@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            self._require(name, isinstance(getattr(self, name), Real), "a number")
+        for name in ("top_k", "max_tokens"):
+            self._require(name, _is_integer(getattr(self, name)), "an integer")
+        for name in ("seed", "logprobs"):
+            self._require(name, getattr(self, name) is None or _is_integer(getattr(self, name)), "None or an integer")
         self._require(
             "temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number, 0 or more"
         )
@@ -115,10 +122,13 @@ class SamplingParams:
         self._require("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number")
         self._require("max_tokens", self.max_tokens >= 1, "1 or more")
         self._require("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more")
-        self._require(
-            "logit_bias", all(math.isfinite(bias) for bias in self.logit_bias.values()), "finite numbers by token id"
+        is_by_token = all(
+            _is_integer(token) and isinstance(bias, Real) and math.isfinite(bias)
+            for token, bias in self.logit_bias.items()
         )
-        self._require("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
+        self._require("logit_bias", is_by_token, "finite numbers by token id")
+        are_strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
+        self._require("stop", are_strings, "strings that are not empty")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -134,6 +144,10 @@ class SamplingParams:
         """Whether the law is more than the logits at a temperature."""
         is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.grammar is not None
         return bool(self.logit_bias) or self.penalises or is_cut
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -367,13 +381,13 @@ class Load:
 class Generation:
     """What the user gets for one prompt."""
 
-    prompt_token_ids: list[int]
-    token_ids: list[int]
+    prompt_token_ids: list[int] = field(repr=False)
+    token_ids: list[int] = field(repr=False)
     text: str
     finish_reason: str
-    rounds: list[Round]
-    logprobs: list[TokenLogprobs] | None = None
-    is_drafted: list[bool] = field(default_factory=list)
+    rounds: list[Round] = field(repr=False)
+    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    is_drafted: list[bool] = field(default_factory=list, repr=False)
     seed: int = 0
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from scipy.stats import chisquare
 
 from dspark.drafters.draft_model import DraftModelDrafter
+from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration, InvalidRequest
@@ -178,6 +181,94 @@ def test_closing_a_stream_frees_everything(target):
     assert target.num_free_slots == target.cache.limit
 
 
+def test_a_stream_goes_on_where_it_was_left(target):
+    params = SamplingParams(temperature=1, seed=9, max_tokens=20)
+    engine = Engine(target, NGramDrafter())
+    stream = engine.stream([3, 1, 4], params)
+    tokens = next(stream).token_ids + [t for d in stream for t in d.token_ids]
+    assert tokens == Engine(target).generate([[3, 1, 4]], params)[0].token_ids
+    assert list(stream) == []
+
+
+def test_leaving_a_stream_early_cancels_it(target):
+    engine = Engine(target, NGramDrafter())
+    kept = engine.stream([3, 1, 4], SamplingParams(max_tokens=50, seed=0))
+    for _ in kept:
+        break
+    for _ in engine.stream([1, 5, 9], SamplingParams(max_tokens=50, seed=0)):
+        break
+    engine.step()
+    assert [r.id for r in engine.batcher.running] == [kept.request.id]
+    kept.close()
+    assert not engine.has_work and target.num_free_slots == target.cache.limit
+
+
+def test_an_interrupted_stream_leaves_an_engine_that_works(target, monkeypatch):
+    engine = Engine(target, NGramDrafter())
+    extend, calls = target.extend, []
+
+    def interrupted(*arguments):
+        out = extend(*arguments)
+        calls.append(out)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # read, and not yet written into the request
+        return out
+
+    monkeypatch.setattr(target, "extend", interrupted)
+    params = SamplingParams(max_tokens=20, seed=0)
+    stream = engine.stream([3, 1, 4], params)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert (
+        engine.generate([[3, 1, 4]], params)[0].token_ids == Engine(target).generate([[3, 1, 4]], params)[0].token_ids
+    )
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_threads_take_turns(target):
+    """Two threads with one engine, two with engines of their own over the same target."""
+    params = SamplingParams(temperature=1, seed=9, max_tokens=30)
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5]]
+    expected = [Engine(target).generate([p], params)[0].token_ids for p in prompts]
+    shared = Engine(target, NGramDrafter())
+    engines = [shared, shared, Engine(target, NGramDrafter()), Engine(target)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda engine, prompt: engine.generate([prompt], params)[0].token_ids, engines, prompts)
+    assert list(found) == expected
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_objects_tell_what_they_are(target):
+    engine = Engine(target, NGramDrafter(), "fixed:3")
+    assert (
+        repr(target).startswith("Target(") and "Qwen3ForCausalLM" in repr(target) and "float32 on cpu" in repr(target)
+    )
+    assert "NGramDrafter, FixedLength, Coupled; 0 requests running" in repr(engine)
+    generation = engine.generate([[3, 1, 4]], SamplingParams(max_tokens=5, seed=0))[0]
+    assert repr(generation) == "Generation(text='', finish_reason='length', seed=0)"
+    stream = engine.stream([3, 1, 4], SamplingParams(max_tokens=5, seed=0))
+    assert repr(stream) == "Stream(0 tokens so far, unfinished)"
+    stream.close()
+    assert pickle.loads(pickle.dumps(generation)) == generation
+
+
+def test_names_are_not_objects(target):
+    with pytest.raises(InvalidConfiguration, match=r"load_target\('tiny'\)"):
+        Engine("tiny")
+    with pytest.raises(InvalidConfiguration, match=r"load_drafter\('ngram', target\)"):
+        Engine(target, "ngram")
+    with pytest.raises(InvalidConfiguration, match=r"load_drafter\('ngram', load_target\('tiny'\)\)"):
+        load_drafter("ngram", "tiny")
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"role": "user", "content": "hi"}])
+def test_what_is_no_prompt_is_refused(target, prompts):
+    with pytest.raises(InvalidRequest, match="prompts are a string"):
+        Engine(target).generate(prompts)
+    with pytest.raises(InvalidRequest, match="params must be SamplingParams"):
+        Engine(target).generate([[1, 2]], {"temperature": 0})
+
+
 @pytest.mark.parametrize("prompt", [[], "", [[]], [VOCAB_SIZE], [-1], list(range(60)) * 5])
 def test_bad_prompts_are_refused_and_nothing_else_is_lost(target, prompt):
     engine = Engine(target)
@@ -193,6 +284,15 @@ def test_bad_prompts_are_refused_and_nothing_else_is_lost(target, prompt):
     "settings",
     [
         {"temperature": -1.0},
+        {"temperature": "0"},
+        {"max_tokens": 2.5},
+        {"max_tokens": "5"},
+        {"top_k": 2.5},
+        {"logprobs": True},
+        {"seed": "x"},
+        {"stop": 5},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {1: "a"}},
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"top_p": 0.0},

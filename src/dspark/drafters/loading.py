@@ -41,6 +41,8 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
     Drafter.
     """
     name = os.fspath(name_path_or_id)
+    if isinstance(target, str):
+        raise InvalidConfiguration(f"a drafter is loaded for a target: load_drafter({name!r}, load_target({target!r}))")
     if name in _BUILT_IN:
         return _call(name, _BUILT_IN[name], target, options)
     if name in EMBEDDED:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -86,6 +87,7 @@ class Engine:
         capacity: Capacity | None = None,
         guard: Guard | None = None,
     ) -> None:
+        _refuse_names(target, drafter)
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
@@ -122,6 +124,7 @@ class Engine:
         self._tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.observers = list(observers)
+        self._abandoned: deque[Request] = deque()
         if compile:
             target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
@@ -145,6 +148,11 @@ class Engine:
             self._learners = [self.capacity]
             measure(self, _SHORT_GRID)
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
+
+    def __repr__(self) -> str:
+        kinds = f"{type(self.drafter).__name__}, {type(self.scheduler).__name__}, {type(self.rule).__name__}"
+        running, waiting = len(self.batcher.running), len(self.batcher.waiting)
+        return f"Engine({self.target!r}, {kinds}; {running} requests running, {waiting} waiting)"
 
     # -- what users call ------------------------------------------------------------------------------------------------
 
@@ -189,7 +197,9 @@ class Engine:
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
         """Check a prompt and make a request of it, which `enqueue` takes. Any thread may do this while another steps."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be SamplingParams(temperature=0, ...); got {params!r:.80}")
         request = self.intake.prepare(prompt, params, raw)
         if params.grammar is not None:
             request.matcher = params.grammar.matcher()
@@ -204,8 +214,14 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Stop a request and free all it holds; a finished one stays as it is."""
+        with self.target.turn:
+            if request.finish_reason is None:
+                self._finish(request, "cancelled")
+
+    def abandon(self, request: Request) -> None:
+        """Cancel a request before the next step: for who may be called at any moment, in the middle of a step too."""
         if request.finish_reason is None:
-            self._finish(request, "cancelled")
+            self._abandoned.append(request)
 
     def set_aside(self) -> None:
         """Give back every slot: who runs waits again, first in line, and is read anew. For work that yields to other work."""
@@ -242,7 +258,13 @@ class Engine:
 
     @torch.no_grad()  # not inference_mode: its tensors would have every graph compiled again, without packed weights
     def step(self) -> StepRecord:
-        """Move every running request on by one target pass."""
+        """Move every running request on by one target pass. Threads, and engines with the same target, take turns."""
+        with self.target.turn:
+            while self._abandoned:
+                self.cancel(self._abandoned.popleft())
+            return self._step()
+
+    def _step(self) -> StepRecord:
         record = StepRecord()
         lap = _Laps(record.seconds)
         self._make_room(record)
@@ -465,8 +487,19 @@ def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[S
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A string, one conversation and one list of token ids are each a single prompt."""
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts are a string, messages, token ids, or a list of these; got {prompts!r:.80}")
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
     return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
+
+
+def _refuse_names(target: object, drafter: object) -> None:
+    if isinstance(target, str):
+        raise InvalidConfiguration(f"Engine takes a target and not its name: Engine(load_target({target!r}), ...)")
+    if isinstance(drafter, str):
+        raise InvalidConfiguration(
+            f"Engine takes a drafter and not its name: Engine(target, load_drafter({drafter!r}, target))"
+        )
 
 
 class _Laps:

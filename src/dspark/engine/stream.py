@@ -12,23 +12,21 @@ if TYPE_CHECKING:
     from dspark.engine.engine import Engine
 
 
-class Stream:
-    """The text of one request as it comes. `generation` is what there is so far; `close` cancels what is left."""
+class Stream(Iterator[Delta]):
+    """The text of one request as it comes. `generation` is what there is so far; `close` cancels what is left.
+
+    Leaving the loop early (`break`, an exception, Ctrl-C) cancels it too, once nobody holds the stream any more.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self.request = engine, request
+        self._deltas = _deltas(engine, request)
 
-    def __iter__(self) -> Iterator[Delta]:
-        request, num_seen = self.request, 0
-        while request.finish_reason is None or num_seen < len(request.generated):
-            while request.finish_reason is None and len(request.generated) == num_seen:
-                self._engine.step()
-            if request.finish_reason == "cancelled":
-                return
-            tokens, is_drafted = request.generated[num_seen:], request.is_drafted[num_seen:]
-            num_seen += len(tokens)
-            text = "" if request.text is None else request.text.take(tokens, request.finish_reason is not None)
-            yield Delta(text, tokens, is_drafted, request.finish_reason)
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def __repr__(self) -> str:
+        return f"Stream({len(self.request.generated)} tokens so far, {self.request.finish_reason or 'unfinished'})"
 
     @property
     def generation(self) -> Generation:
@@ -36,6 +34,24 @@ class Stream:
 
     def close(self) -> None:
         self._engine.cancel(self.request)
+
+
+def _deltas(engine: Engine, request: Request) -> Iterator[Delta]:
+    """Not a method: it would hold the stream, which then would not end as soon as nobody else does."""
+    num_seen = 0
+    try:
+        while request.finish_reason is None or num_seen < len(request.generated):
+            while request.finish_reason is None and len(request.generated) == num_seen:
+                engine.step()
+            if request.finish_reason == "cancelled":
+                return
+            is_last, tokens = request.finish_reason is not None, request.generated[num_seen:]
+            is_drafted, logprobs = request.is_drafted[num_seen:], request.logprobs[num_seen:]
+            num_seen += len(tokens)
+            text = "" if request.text is None else request.text.take(tokens, is_last)
+            yield Delta(text, tokens, is_drafted, request.finish_reason, logprobs)
+    finally:
+        engine.abandon(request)
 
 
 class RunningText:

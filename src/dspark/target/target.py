@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,15 @@ class Target:
         # By feature layers: what runs short forwards instead of transformers' own way.
         self._compiled: dict[tuple[int, ...], CompiledForward | CapturedForward] = {}
         self._recorder: Recorder | None = None
+        self.turn = threading.RLock()  # engines that share it, and threads that share an engine, step one at a time
         if self.device.type == "cuda":
             kernels.load_triton()
         model.eval()
         model.set_attn_implementation(attention.NAME)
+
+    def __repr__(self) -> str:
+        size = f"{self.num_parameters:,} parameters"
+        return f"Target({self.name}: {type(self.model).__name__}, {size}, {str(self.dtype)[6:]} on {self.device})"
 
     @cached_property
     def vocab_size(self) -> int:
