@@ -72,6 +72,15 @@ def test_a_tree_is_worth_more_than_the_chain_it_contains(name, temperature, targ
     assert tau[1] > 1.02 * tau[0]
 
 
+def test_a_calibration_for_the_other_rule_is_said(target, caplog):
+    drafter = load_drafter("dspark", target)
+    for settings in ({}, {"scheduler": "fixed:7", "rule": "rejection"}):  # right, and heeded by nobody
+        Engine(target, drafter, **settings)
+    assert "calibrated for" not in caplog.text
+    Engine(target, drafter, "algorithm1", rule="rejection")
+    assert "calibrated for the coupled rule and this is the rejection rule" in caplog.text
+
+
 def test_the_rejection_rule_accepts_about_as_much(target):
     """The same drafter under the paper's rule: its acceptance is the optimum, so it may not be far below."""
     engine = Engine(target, load_drafter("dspark", target), "fixed:7", rule="rejection")

@@ -94,7 +94,7 @@ class Engine:
         self.scheduler = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         heeds_beliefs = getattr(self.scheduler, "heeds_beliefs", True)
         if beliefs is None:  # nobody waits for what nobody heeds
-            beliefs = live_beliefs(target, self.drafter) if heeds_beliefs else RawBeliefs()
+            beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs else RawBeliefs()
         self.beliefs = beliefs
         # A length that the user fixed is never exceeded.
         self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs

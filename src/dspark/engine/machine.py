@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from dspark.budget import calibration
 from dspark.budget.beliefs import LiveBeliefs
 from dspark.target.target import Target
 from dspark.types import Drafter
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str, str]:
@@ -27,12 +30,21 @@ def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str
     }
 
 
-def live_beliefs(target: Target, drafter: Drafter) -> LiveBeliefs:
+def live_beliefs(target: Target, drafter: Drafter, rule: str) -> LiveBeliefs:
     """Beliefs about this pair that start from the drafter's own calibration, if it has one."""
+    known: calibration.Calibration | None = getattr(drafter, "calibration", None)
+    if known is not None and known.origin is not None and known.origin.rule != rule:
+        log.warning(
+            "the drafter is calibrated for the %s rule and this is the %s rule: its confidences are off until they have "
+            "been learned from; dspark calibrate --rule %s mends that",
+            known.origin.rule,
+            rule,
+            rule,
+        )
     folder: Path | None = getattr(drafter, "folder", None)
     weights = f"{type(drafter).__name__} {drafter.length}" if folder is None else calibration.fingerprint(folder)
     identity = hashlib.sha256(f"{_model(target)} {weights}".encode()).hexdigest()[:16]
-    return LiveBeliefs(getattr(drafter, "calibration", None), max(1, drafter.length), identity=identity)
+    return LiveBeliefs(known, max(1, drafter.length), identity=identity)
 
 
 def _model(target: Target) -> str:
