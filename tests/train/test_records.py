@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -98,6 +101,22 @@ def test_parquet_rows_are_records_too(tmp_path: Path) -> None:
 def test_what_does_not_exist_is_named(name: str) -> None:
     with pytest.raises(InvalidConfiguration, match=f"{name} does not exist"):
         list(read_records([name]))
+
+
+def test_a_dataset_of_the_hub_is_read_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
+        if name != "some/chats":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nor cannot be accessed.")
+        return [{"messages": list(HELLO), "text": None}, {"text": f"of {split}", "messages": None}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for name, split in (("some/chats", "train"), ("some/chats:test", "test")):
+        chat, plain = read_records([name])
+        assert isinstance(chat, Record) and chat.messages == HELLO
+        assert isinstance(plain, Record) and plain.text == f"of {split}"
+    with pytest.raises(InvalidConfiguration, match="other/chats could not be read from the hub") as raised:
+        list(read_records(["other/chats"]))
+    assert "\n" not in str(raised.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -176,5 +176,13 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
         raise InvalidConfiguration(
             f"{name} is not here; if it is a dataset on the hub, reading it needs: pip install datasets"
         ) from error
-    for number, row in enumerate(datasets.load_dataset(dataset, split=split or "train"), 1):
+    try:
+        rows = datasets.load_dataset(dataset, split=split or "train")
+    except (OSError, ValueError) as error:  # what it raises for a name, a split or a network that is not there
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InvalidConfiguration(
+            f"{name} could not be read from the hub ({reason}); check the spelling, the split (owner/name:split) and the "
+            "network"
+        ) from error
+    for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", {key: value for key, value in row.items() if value is not None}
