@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.command import is_one_line_error, run, start
+from cli.command import is_one_line_error, run, running_in_group, start
 
 CHAT = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 0}
 
@@ -47,20 +47,12 @@ def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
             process.kill()
         process.wait(30)
         deadline = time.monotonic() + 30
-        while is_any_left(process.pid) and time.monotonic() < deadline:
+        while running_in_group(process.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not is_any_left(process.pid)
+        assert not running_in_group(process.pid)
         reader.join(30)
         process.stdout.close()
         process.stderr.close()
-
-
-def is_any_left(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def exported() -> set[str]:
     histograms = {name for name, kind in families if kind == "histogram"}
     # The dashboard shows a GPU's memory; there may be none here.
     gpu = {"dspark_gpu_memory_used_bytes"}
-    return names | {f"{h}_{end}" for h in histograms for end in ("bucket", "sum", "count")} | gpu
+    front = {f"dspark_front_{name}" for name in names if name.startswith("process_")}  # of the process that speaks HTTP
+    return names | {f"{h}_{end}" for h in histograms for end in ("bucket", "sum", "count")} | gpu | front
 
 
 def asked(text: str) -> set[str]:

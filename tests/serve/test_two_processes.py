@@ -16,6 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cli.command import running_in_group
 from dspark.errors import DSparkError, EngineLost
 from dspark.serve.engine_process import EngineProcess
 from serve import engines
@@ -162,22 +163,15 @@ def test_the_engine_ends_when_the_server_is_killed():
         "if __name__ == '__main__': print(EngineProcess(engines.for_ever).process.pid, flush=True); engines.for_ever()"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    server = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     child = int(server.stdout.readline())
-    os.kill(child, 0)
+    assert child in running_in_group(server.pid)
     server.kill()
     server.wait()
     server.stdout.close()
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and is_running(child):
+    while running_in_group(server.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not is_running(child)
-
-
-def is_running(pid: int) -> bool:
-    """Whether it is there and no zombie that waits for somebody to take note."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as status:
-            return status.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not running_in_group(server.pid)

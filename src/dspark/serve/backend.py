@@ -6,15 +6,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from dspark.engine.intake import Intake
+from dspark.engine.worker import Sink, Worker
 from dspark.types import Delta, Request, SamplingParams
-
-if TYPE_CHECKING:
-    from dspark.engine.worker import Worker
-
-Sink = Callable[[Delta], Any]
 
 
 class Backend(Protocol):

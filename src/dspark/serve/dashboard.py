@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
-from dspark.errors import DSparkError
+from dspark.errors import DSparkError, EngineLost
 
 try:
     from fastapi import APIRouter
@@ -42,7 +42,10 @@ def make_dashboard(
 
         async def stream() -> AsyncIterator[str]:
             while not is_ending():
-                snapshot = await source()
+                try:
+                    snapshot = await source()
+                except EngineLost:
+                    return  # in the midst of asking it
                 yield f"data: {json.dumps(snapshot, allow_nan=False)}\n\n"
                 if once:
                     return

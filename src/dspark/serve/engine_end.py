@@ -101,7 +101,7 @@ class EngineEnd:
 
     def hear_cancel(self, number: int) -> None:
         if taking := self._taking.get(number):
-            taking.add_done_callback(lambda taken: self._worker.cancel(taken.result()[number]))
+            taking.add_done_callback(lambda taken: self._cancel(taken.result().get(number)))
 
     def hear_cancel_all(self) -> None:
         self._worker.cancel_all()
@@ -130,7 +130,12 @@ class EngineEnd:
             self.send("step", [(number, ended(reason), None) for number, *_ in asked])
             for number, *_ in asked:
                 del self._taking[number]
+            requests = {}  # none of them is there to be cancelled
         taking.set_result(requests)
+
+    def _cancel(self, request: Request | None) -> None:
+        if request is not None:
+            self._worker.cancel(request)
 
     @cached_property
     def _grammars(self) -> Grammars:

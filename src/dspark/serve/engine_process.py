@@ -195,7 +195,8 @@ class EngineProcess:
         if self._is_closed:
             return
         self.has_failed = True
-        log.error("the engine's process has ended, and with it %d requests", len(self._running))
+        self.process.join(1.0)  # it is ending, and then it can be said how
+        log.error("the engine's process has ended (%s), and with it %d requests", self._exit, len(self._running))
         self.hear_step([(number, ended("error"), None) for number in list(self._running)])
         for future in self._asked.values():
             if not future.done():
