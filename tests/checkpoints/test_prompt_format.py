@@ -11,7 +11,12 @@ import pytest
 from checkpoints.test_drafter import CONFIG, load
 from dspark.checkpoints import check_fit, open_checkpoint, save_drafter
 from dspark.checkpoints.doctor import examine
-from dspark.checkpoints.prompt_format import template_fingerprint, tokenizer_fingerprint
+from dspark.checkpoints.prompt_format import (
+    fingerprint,
+    system_prompt_note,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dspark.drafters.block_model import BlockModel
 from dspark.errors import CheckpointError
 from dspark.target.target import Target
@@ -48,10 +53,17 @@ def test_another_template_is_warned_about(tmp_path: Path, target: Target, caplog
     assert check_fit(str(folder), target) == []
 
 
+def test_a_system_prompt_of_training_is_noted() -> None:
+    for noted in ({}, {"system_prompt_sha256": "unknown"}, {"system_prompt_sha256": fingerprint(None)}):
+        assert system_prompt_note(noted) is None
+    assert "serve with the same" in str(system_prompt_note({"system_prompt_sha256": fingerprint("Be brief.")}))
+
+
 def test_another_tokenizer_is_refused_before_anything_is_computed(tmp_path: Path, target: Target) -> None:
-    folder = saved(tmp_path, tokenizer_sha256="other", template_sha256="other")
+    folder = saved(tmp_path, tokenizer_sha256="other", template_sha256="other", system_prompt_sha256="some")
     with pytest.raises(CheckpointError, match="trained with another tokenizer"):
         load(folder, target)
     [problem] = check_fit(str(folder), target)
     diagnosis = examine(open_checkpoint(str(folder)), target, [])
-    assert diagnosis.problems == [problem] and any("another chat template" in note for note in diagnosis.notes)
+    assert diagnosis.problems == [problem]
+    assert "another chat template" in diagnosis.notes[0] and "a system prompt of its own" in diagnosis.notes[1]

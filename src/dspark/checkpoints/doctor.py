@@ -23,7 +23,7 @@ from dspark.checkpoints.drafter import (
     read_config,
 )
 from dspark.checkpoints.folder import Checkpoint
-from dspark.checkpoints.prompt_format import template_note
+from dspark.checkpoints.prompt_format import system_prompt_note, template_note
 from dspark.drafters.block_model import BlockModel, TraceBatch
 from dspark.drafters.eagle3_model import Eagle3Model
 from dspark.errors import InvalidConfiguration
@@ -264,6 +264,7 @@ def _notes(checkpoint: Checkpoint, target: Target) -> list[str]:
         notes.append(
             "the drafter's chat template is not the target's: acceptance in chats will be lower than it could be"
         )
+    notes += filter(None, [system_prompt_note(checkpoint.config)])
     settings: dict[str, Any] = {**checkpoint.config, **(checkpoint.config.get("dflash_config") or {})}
     mask = settings.get("mask_token_id")
     if tokenizer is not None and mask in target.end_token_ids:

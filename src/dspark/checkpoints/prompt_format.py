@@ -47,3 +47,10 @@ def template_note(config: Mapping[str, Any], target: Target) -> str | None:
     if noted is None or target.tokenizer is None or noted == template_fingerprint(target.tokenizer):
         return None
     return "the drafter was trained with another chat template than the target has: acceptance in chats will be lower"
+
+
+def system_prompt_note(config: Mapping[str, Any]) -> str | None:
+    """What to say of the system prompt that training put before conversations; None: there was none, or nobody knows."""
+    if config.get("system_prompt_sha256", "unknown") in ("unknown", fingerprint(None)):
+        return None
+    return "the drafter was trained with a system prompt of its own: serve with the same (`--system` of `dspark data`)"
