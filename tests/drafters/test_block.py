@@ -392,6 +392,8 @@ def test_compiled_equals_eager() -> None:
     eager, compiled = Pair(config), Pair(config)
     compiled.drafter.compile()
     assert_equal_drafts(eager, compiled)
+    compiled.drafter.compile()  # by another engine
+    assert_equal_drafts(eager, compiled)
 
 
 def test_replayed_equals_eager() -> None:

@@ -60,3 +60,15 @@ def test_another_graph_is_asked_for():
             x = torch.randn(size)
             assert torch.equal(graph.build(x=x)[0], x * 2 * size) and graph.is_direct
             assert torch.equal(graph(x=x)[0], x * 2 * size)
+
+
+def test_what_is_no_argument_is_found_the_usual_way():
+    weight = torch.randn(3)
+
+    def weigh(x: Tensor) -> tuple[Tensor]:
+        return (x * weight,)
+
+    graph = Direct(weigh, "weigh")
+    for x in (torch.randn(3), torch.randn(3)):
+        assert torch.equal(graph(x=x)[0], x * weight)
+    assert not graph.is_direct

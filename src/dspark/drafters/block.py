@@ -111,8 +111,11 @@ class BlockDrafter:
     def compile(self) -> None:
         """Compile the usual step (the coupled rule with a plain temperature): a graph for one request, one for more.
 
-        Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels.
+        Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels. Once is enough,
+        however many engines share the drafter.
         """
+        if self._compiled:
+            return
         self._head = self.model.head.for_drawing()
         self.model = cast(BlockModel, with_packed_linears(self.model))
         self.lm_head = with_packed_linears(self.lm_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ class Direct:
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
         self._compiled = torch.compile(own, fullgraph=True, backend=self._build, options=few_guards())
         self._graph: Callable[..., Any] = function
+        self._arguments = tuple(f"L['{argument}']" for argument in inspect.signature(function).parameters)
         self._read: Callable[[Mapping[str, Any]], list[Any]] | None = None
         self._num_missing = 0
         self.is_direct = False
@@ -56,7 +58,8 @@ class Direct:
         try:
             places = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]
             names = [place if isinstance(place, str) else place() for place in places]  # a method in some versions
-            if foreign := [name for name in names if not name.startswith("L[")]:
+            # Weights that were not frozen, say, and whatever else the function finds outside.
+            if foreign := [name for name in names if not name.startswith(self._arguments)]:
                 raise KeyError(f"inputs that are no arguments: {', '.join(foreign)}")
             self._read = eval(f"lambda L: [{', '.join(names)}]")  # such as L['ids'] or L['ids'].size()[1]
         except (AttributeError, KeyError, SyntaxError) as error:
