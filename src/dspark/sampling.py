@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import Protocol
 
@@ -90,7 +90,7 @@ class KeyedDraws:
     ) -> Tensor:
         """[N, V]  what `tokens` takes the largest of."""
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
-        if not bool((temperature > 0).any()):
+        if temperature.device.type == "cpu" and not temperature.numpy().any():  # elsewhere one would have to wait
             return scores
         return torch.addcmul(scores, temperature, self.noise.rows(seeds, positions, stream))
 
@@ -166,7 +166,13 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return on_device(values, like.device, torch.float32)[:, None]
+    return _kept_column(tuple(values), like.device)
+
+
+@lru_cache(maxsize=64)
+def _kept_column(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[N, 1]  for reading only: most steps ask for the same as the one before."""
+    return on_device(values, device, torch.float32)[:, None]
 
 
 def _cut(scores: Tensor, temperature: Tensor, owners: Sequence[Request]) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,10 +72,9 @@ class Coupled:
                 node, token = child, chosen[first_row + tree.rows[child]]
             next_tokens.append(token)
             first_row += len(tree.rows)
-        accepted = torch.zeros_like(keep)
-        if places:
-            accepted.view(-1)[places] = True
-        return Verdict(accepted, torch.tensor(next_tokens))
+        accepted = np.zeros(keep.shape, dtype=bool)
+        accepted.ravel()[places] = True
+        return Verdict(torch.from_numpy(accepted), torch.tensor(next_tokens))
 
 
 class Rejection:

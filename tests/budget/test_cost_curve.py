@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from dspark.budget.cost_curve import CostCurve, nonnegative_least_squares
+from dspark.budget.cost_curve import CostCurve, nonnegative_least_squares, rising
 
 
 def straight(size, requests, context):
@@ -41,6 +41,24 @@ def test_least_squares_are_those_of_scipy(seed):
     gram, moment = x.T @ x + 1e-6 * np.eye(12), x.T @ y
     for start in (np.zeros(12), rng.random(12), exact):
         assert nonnegative_least_squares(gram, moment, start) == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rising_values_are_those_of_scipy(seed):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(size=20).cumsum(), rng.random(20) + 1e-3
+    assert rising(values, weights) == pytest.approx(scipy.optimize.isotonic_regression(values, weights=weights).x)
+
+
+def test_old_steps_give_way_to_new_ones_next_to_them():
+    """Cheaper steps of a size that is seen now say that smaller ones cannot cost what they did long ago."""
+    curve = CostCurve()
+    for _ in range(9):
+        curve.observe(16, 8, 800, 8e-3)
+    for _ in range(400):
+        curve.observe(19, 8, 800, 4e-3)
+    assert predicted(curve, 19, 8, 800) == pytest.approx(4e-3, rel=0.1)
+    assert predicted(curve, 16, 8, 800) == pytest.approx(4e-3, rel=0.1)
 
 
 def test_it_learns_what_it_saw_and_what_lies_between():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from dspark.budget.capacity import Capacity
@@ -13,8 +12,8 @@ from dspark.types import Load, StepRecord
 class Linear(Capacity):
     is_known = True
 
-    def seconds(self, tokens, requests, context_tokens, is_reading=False):
-        return 1.0 + 0.1 * np.asarray(tokens)
+    def seconds_of(self, tokens, requests, context_tokens, is_reading=False):
+        return 1.0 + 0.1 * tokens
 
     def draft_seconds(self, requests, context_tokens):
         return 0.5 if requests else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from budget.simulated_serving import World, request
@@ -18,10 +19,10 @@ from dspark.types import Load, StepRecord
 class Serving:
     """The engine's step without models: believe, choose, verify, learn. Steps take what `seconds_of` says, and noise."""
 
-    def __init__(self) -> None:
-        self.live, self.capacity, self.slowness = LiveBeliefs(num_positions=7), Capacity(), 1.0
+    def __init__(self, seed: int) -> None:
+        self.live, self.capacity, self.slowness = LiveBeliefs(num_positions=7, seed=seed), Capacity(), 1.0
         self.sizes: list[int] = []  # tokens of each step
-        self.scheduler, self.noise = Optimal(self.capacity), random.Random(0)
+        self.scheduler, self.noise = Optimal(self.capacity), random.Random(seed)
 
     def seconds_of(self, tokens: np.ndarray) -> np.ndarray:
         return self.slowness * (2e-3 + 1e-4 * tokens)
@@ -52,12 +53,14 @@ class Serving:
         return float(np.mean(np.abs(self.capacity.seconds(sizes, 8, 800) / self.seconds_of(sizes) - 1)))
 
 
-def test_within_200_steps_of_a_switch_beliefs_and_prices_are_right_again() -> None:
-    serving = Serving()
+@pytest.mark.parametrize("slowness", [2.0, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_within_200_steps_of_a_switch_beliefs_and_prices_are_right_again(seed: int, slowness: float) -> None:
+    serving = Serving(seed)
     serving.run(World(num_requests=8), 400)
     assert serving.cost_error() < 0.10
-    after = World(num_requests=8, slope=0.5, offsets=(-0.8,) * 7, seed=5)
-    serving.slowness = 2.0
+    after = World(num_requests=8, slope=0.5, offsets=(-0.8,) * 7, seed=5 + seed)
+    serving.slowness = slowness
     assert after.calibration_error(serving.live) > 0.08 and serving.cost_error() > 0.4
     serving.run(after, 200)
     assert after.calibration_error(serving.live) < 0.03

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
 from dspark.types import Draft, Request
 
 _LOGIT_LIMIT = 8.0
+_LEAST = float(sigmoid(np.array(-LOGIT_LIMIT)))  # confidence
 _UNSTATED = 2.0  # the logit that stands in for a confidence nobody gave: optimistic, or the drafter is never tried
 _SHARED = 3  # coefficients for all positions: logit, the request's own record, offset
 _FLATTEST = 0.2  # slope: a higher confidence never means less
@@ -48,6 +50,7 @@ class AcceptanceMap:
         places = np.minimum(np.arange(num_positions), len(known.temperatures) - 1)
         self._slopes = 1 / np.array(known.temperatures)[places]
         self._offsets = np.array(known.offsets or [0.0] * len(known.temperatures))[places]
+        self._chain_places = lru_cache(maxsize=256)(self._places_in_chains)
 
     def learner(self, memory: float) -> OnlineLogistic:
         """Before anything is learned: the confidence as it is."""
@@ -62,15 +65,19 @@ class AcceptanceMap:
     def read(self, draft: Draft, own: Array) -> Stated:
         """What the draft says of itself, and own [B, 1]."""
         shape = tuple(draft.tokens.shape)
-        depth = np.arange(1, shape[1] + 1) if draft.parents is None else draft.depth.numpy()
-        place = np.broadcast_to(np.minimum(depth - 1, self.num_positions - 1), shape)
+        if draft.parents is None:
+            place = self._chain_places(shape)
+        else:
+            place = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
         if draft.confidence is None:
             return Stated(np.full(shape, _UNSTATED), place, own)
-        confidence = draft.confidence.numpy().astype(np.float64)
-        with np.errstate(divide="ignore"):  # 0 and 1 have no logit
-            logits = np.clip(np.log(confidence / (1 - confidence)), -LOGIT_LIMIT, LOGIT_LIMIT)
-        stated = np.clip(logits * self._slopes[place] + self._offsets[place], -_LOGIT_LIMIT, _LOGIT_LIMIT)
-        return Stated(stated, place, own)
+        # 0 and 1 have no logit. (np.clip takes three times as long as both.)
+        confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), _LEAST), 1 - _LEAST)
+        logits = np.log(confidence / (1 - confidence)) * self._slopes[place] + self._offsets[place]
+        return Stated(np.minimum(np.maximum(logits, -_LOGIT_LIMIT), _LOGIT_LIMIT), place, own)
+
+    def _places_in_chains(self, shape: tuple[int, int]) -> NDArray[np.int64]:
+        return np.tile(np.minimum(np.arange(shape[1]), self.num_positions - 1), (shape[0], 1))
 
     def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
         """[rows, K]  P(accepted | ancestors accepted) of these requests' tokens."""

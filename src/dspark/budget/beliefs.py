@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +101,7 @@ class LiveBeliefs:
         self.running_error = RunningError(num_positions)
         self._own = OwnRecords()
         self._random = np.random.default_rng(seed)
+        self._until_whole = self._drafts_to_next_whole() - 1
         self._asked: _Asked | None = None
         self._waiting: list[_Outcome] = []
         self._num_waiting = 0  # drafts in them
@@ -127,7 +129,16 @@ class LiveBeliefs:
 
     def wants_whole(self, num_requests: int) -> Tensor:
         """[B] drafts to verify whole, drawn at random: what they tell is bent by nobody's choice."""
-        return torch.from_numpy(self._random.random(num_requests) < self.settings.full_share)
+        whole = np.zeros(num_requests, dtype=bool)
+        while self._until_whole < num_requests:  # the next one is drawn, not each: it comes once in a thousand drafts
+            whole[self._until_whole] = True
+            self._until_whole += self._drafts_to_next_whole()
+        self._until_whole -= num_requests
+        return torch.from_numpy(whole)
+
+    def _drafts_to_next_whole(self) -> int:
+        share = self.settings.full_share
+        return int(self._random.geometric(share)) if share > 0 else sys.maxsize
 
     def observe(self, record: StepRecord) -> None:
         """Note what came of the draft that was asked about last."""
@@ -178,13 +189,11 @@ class LiveBeliefs:
         self._logged_at[name] = learner.num_rounds
 
     def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
-        happened = accepted.numpy()
+        happened, seen = accepted.numpy(), kept.numpy().copy()
         if record.parents is None:
-            before = np.ones_like(happened)
-            before[:, 1:] = happened[:, :-1]
+            seen[:, 1:] &= happened[:, :-1]
         else:
-            before = parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()).numpy() > 0
-        seen = kept.numpy() & before
+            seen &= parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()).numpy() > 0
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
                 seen[b] &= asked.stated.place[b] < len(request.tokens) - asked.num_tokens[b]

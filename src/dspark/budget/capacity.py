@@ -49,11 +49,16 @@ class Capacity:
         curve = self.reading if is_reading and self.reading.is_known else self.decoding
         return curve.seconds(tokens, requests, context_tokens)
 
+    def seconds_of(self, tokens: int, requests: int, context_tokens: int, is_reading: bool = False) -> float:
+        """The same for one step."""
+        curve = self.reading if is_reading and self.reading.is_known else self.decoding
+        return curve.seconds_of(tokens, requests, context_tokens)
+
     def draft_seconds(self, requests: int, context_tokens: int) -> float:
         """Seconds of drafting for so many requests; 0 while that is not known."""
         if not requests or not self.drafting.is_known:
             return 0.0
-        return float(self.drafting.seconds(np.array([requests]), requests, context_tokens)[0])
+        return self.drafting.seconds_of(requests, requests, context_tokens)
 
     def observe(self, record: StepRecord) -> None:
         """Learn from a step that has been timed."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ _MEDIAN_OF = 9
 _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
 _MOST_BETWEEN_FITS = 256
+_NEAR = 2  # places of size whose steps say what to expect of a new one
+_HALF_AS_FRESH, _OLD = 50, 0.02  # steps; share
+_LATEST = 4  # places that are looked at to see whether the fit has become old
 _ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
 _LEAST_SECONDS = 1e-7  # what clocks that leap have taught may say 0, by which others divide
 _SO_OFTEN = 5
@@ -33,12 +38,14 @@ class Place:
     """Steps of about one size: where they were on average, and the last few durations at speed 1.
 
     expected  seconds that the first one was expected to take; 0: nothing was known
+    latest    how many steps had been observed, anywhere, when the last one here was
     """
 
     size: float
     requests: float
     context: float
     expected: float = 0.0
+    latest: int = 0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
 
     @property
@@ -66,8 +73,12 @@ class CostCurve:
 
     def num_near(self, size: int, requests: int) -> int:
         """How many of the last steps of about this size are remembered, at any context."""
-        near = (_size_place(size), _request_place(requests))
-        return sum(len(place.seconds) for key, place in self._places.items() if key[:2] == near)
+        return self._num_within(0, size, requests)
+
+    def _num_within(self, distance: int, size: int, requests: int) -> int:
+        here, many = _size_place(size), _request_place(requests)
+        near = (p for (at, n, _), p in self._places.items() if n == many and abs(at - here) <= distance)
+        return sum(len(place.seconds) for place in near)
 
     def observe(self, size: int, requests: int, context: int, seconds: float) -> None:
         """Learn from one step. A clock that stood still, went backwards or leapt ahead teaches nothing."""
@@ -92,8 +103,9 @@ class CostCurve:
         place.context += share * (context - place.context)
         place.seconds.append(value)
         self.num_observed += 1
+        place.latest = self.num_observed
         self._follow_speed()
-        if self.num_observed >= self._fit_after:
+        if self.num_observed >= self._fit_after or (self.num_observed % _SPEED_FROM == 0 and self._is_off()):
             self.fit()
             self._fit_after = self.num_observed + min(_MOST_BETWEEN_FITS, max(1, self.num_observed // 4))
 
@@ -101,13 +113,16 @@ class CostCurve:
         """[n]  seconds of steps of these sizes [n]; all 1 while nothing is known."""
         if not len(self._weights):
             return np.ones(len(sizes))
-        largest = int(sizes[-1])  # sizes rise
-        key = (1 << largest.bit_length(), requests, _context_place(context))
-        if key not in self._tables:
-            self._tables[key] = self._table(*key)
-        table, per_context = self._tables[key]
+        table, per_context = self._table_up_to(int(sizes[-1]), requests, context)  # sizes rise
         where = np.asarray(sizes, dtype=np.int64)
         return np.maximum((table[where] + context * per_context[where]) * self.speed, _LEAST_SECONDS)
+
+    def seconds_of(self, size: int, requests: int, context: int) -> float:
+        """The same for one step: a tenth of the time."""
+        if not len(self._weights):
+            return 1.0
+        table, per_context = self._table_up_to(size, requests, context)
+        return max(float(table[size] + context * per_context[size]) * self.speed, _LEAST_SECONDS)
 
     def fit(self) -> None:
         """Fit the terms to the medians of all places, in relative error."""
@@ -115,7 +130,7 @@ class CostCurve:
         places = list(self._places.values())
         at = np.array([(p.size, p.requests, p.context) for p in places])
         seconds = np.array([p.median for p in places])
-        trust = np.array([len(p.seconds) for p in places], dtype=float)
+        trust = np.array([len(p.seconds) for p in places]) * self._freshness(places)
         typical = float(np.exp(np.log(seconds).mean()))
         x = _terms(at[:, 0], at[:, 1], at[:, 2]) * (typical / seconds)[:, None]
         weighted = x * trust[:, None]
@@ -140,7 +155,8 @@ class CostCurve:
             if not values or not all(math.isfinite(v) and v > 0 for v in (size, requests, *values)) or context < 0:
                 raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
             key = (_size_place(size), _request_place(requests), _context_place(context))
-            curve._places[key] = Place(float(size), float(requests), float(context), 0.0, deque(values, _MEDIAN_OF))
+            place = Place(float(size), float(requests), float(context), seconds=deque(values, _MEDIAN_OF))
+            curve._places[key] = place
             curve.num_observed += len(values)
         if curve._places:
             curve.fit()
@@ -150,7 +166,7 @@ class CostCurve:
         if not self.is_known:
             return False
         if place is None:
-            believed = float(self.seconds(np.array([size]), requests, context)[0])
+            believed = self.seconds_of(size, requests, context)
         else:
             believed = place.median * self.speed
         self._num_absurd = self._num_absurd + 1 if seconds > _ABSURD * believed else 0
@@ -158,9 +174,21 @@ class CostCurve:
 
     def _expected(self, size: int, requests: int, context: int) -> float:
         """Seconds at speed 1 that such a step took before, at other contexts; 0 where there was none like it."""
-        if not len(self._weights) or self.num_near(size, requests) < _MEDIAN_OF // 2:
+        if not len(self._weights) or self._num_within(_NEAR, size, requests) < _MEDIAN_OF // 2:
             return 0.0
-        return float(self.seconds(np.array([size]), requests, context)[0]) / self.speed
+        return self.seconds_of(size, requests, context) / self.speed
+
+    def _freshness(self, places: Sequence[Place]) -> Floats:
+        """Of what lies next to each other the newer counts more; alone, the oldest still does."""
+        ages = self.num_observed - np.array([p.latest for p in places], dtype=float)
+        return np.maximum(0.5 ** (ages / _HALF_AS_FRESH), _OLD)
+
+    def _is_off(self) -> bool:
+        """Whether steps like the last ones have come to take something else than at the last fit."""
+        places = [p for p in islice(reversed(self._places.values()), _LATEST) if len(p.seconds) > _MEDIAN_OF // 2]
+        at = ((round(p.size), round(p.requests), round(p.context)) for p in places)
+        ratios = [p.median * self.speed / self.seconds_of(*where) for p, where in zip(places, at, strict=True)]
+        return any(abs(math.log(ratio)) > _SPEED_CHANGE for ratio in ratios)
 
     def _follow_speed(self) -> None:
         """When most of the last steps took longer than the same steps before, all steps do."""
@@ -177,6 +205,12 @@ class CostCurve:
                 place.seconds.pop()
         self._recent.clear()
         self.fit()
+
+    def _table_up_to(self, size: int, requests: int, context: int) -> tuple[Floats, Floats]:
+        key = (max(16, 1 << size.bit_length()), requests, _context_place(context))
+        if key not in self._tables:
+            self._tables[key] = self._table(*key)
+        return self._tables[key]
 
     def _table(self, num_sizes: int, requests: int, context_place: int) -> tuple[Floats, Floats]:
         """Seconds by size 0 .. num_sizes without context, and seconds per context token, at speed 1."""
@@ -199,11 +233,24 @@ class CostCurve:
         believed = _terms(at[:, 0], at[:, 1], at[:, 2]) @ self._weights
         excess = np.log(np.array([p.median for _, p in own]) / np.maximum(believed, 1e-12))
         trust = np.array([len(p.seconds) / (1 + 3 * (key[2] - context_place) ** 2) for key, p in own])
-        # Nearby sizes share; far from all of them the terms are left alone.
+        # Nearby sizes share, those that were seen lately before others; far from all of them the terms are left alone.
         distance = np.log2(sizes[:, None] / at[None, :, 0])
         weight = trust * np.exp(-((distance / 0.25) ** 2))
-        factor = np.exp((weight @ excess) / (weight.sum(1) + 1.0))
-        return np.maximum.accumulate(flat * factor), np.maximum.accumulate(per_context * factor)
+        fresh, num = weight * self._freshness([p for _, p in own]), weight.sum(1)
+        factor = np.exp((fresh @ excess) / (fresh.sum(1) + 1e-9) * num / (num + 1.0))
+        return rising(flat * factor, fresh.sum(1) + 1e-3), np.maximum.accumulate(per_context * factor)
+
+
+def rising(values: Floats, weights: Floats) -> Floats:
+    """The nearest values that never fall (pool adjacent violators, Ayer et al. 1955): where they do, weights decide."""
+    pools: list[tuple[float, float, int]] = []  # value, weight, how many
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        num = 1
+        while pools and pools[-1][0] > value:
+            other, w, n = pools.pop()
+            value, weight, num = (value * weight + other * w) / (weight + w), weight + w, num + n
+        pools.append((value, weight, num))
+    return np.repeat([value for value, _, _ in pools], [num for _, _, num in pools])
 
 
 def nonnegative_least_squares(gram: Floats, moment: Floats, start: Floats) -> Floats:

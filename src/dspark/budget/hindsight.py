@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from dspark.budget.capacity import Capacity
 from dspark.types import StepRecord
 
@@ -22,8 +20,8 @@ def rates(capacity: Capacity, record: StepRecord) -> tuple[float, float]:
     if load is None or load.num_prompt_tokens or not record.request_ids or not capacity.is_known:
         return 0.0, 0.0
     num_requests, accepted = len(record.request_ids), sum(record.accepted)
-    sizes = np.array([num_requests, num_requests + accepted, record.num_tokens])
-    plain, exact, real = capacity.seconds(sizes, load.num_requests, load.context_tokens)
+    sizes = (num_requests, num_requests + accepted, record.num_tokens)
+    plain, exact, real = (capacity.seconds_of(size, load.num_requests, load.context_tokens) for size in sizes)
     drafting = capacity.draft_seconds(record.num_asked, load.context_tokens)
     tokens = num_requests + accepted
     return tokens / (real + drafting), max(tokens / (exact + drafting), num_requests / plain)

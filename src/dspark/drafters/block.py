@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -228,9 +229,7 @@ class BlockDrafter:
             visible,
             [self.rows.row(i) for i in ids],
         ]
-        # One tensor and views of it: one copy to the device.
-        flat = torch.tensor([n for part in numbers for n in part], device=self.device)
-        places = flat.split([len(part) for part in numbers])
+        places = self._as_tensors(numbers)
         whole_rows = for_graph and self._needs_whole_rows
         num_slots = self.rows.keys[0].shape[1] if whole_rows else self.block_size + max(visible)
         mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
@@ -251,6 +250,13 @@ class BlockDrafter:
             values=self.rows.values,
         )
 
+    def _as_tensors(self, numbers: list[list[int]]) -> Sequence[Tensor]:
+        if self.device.type == "cpu":
+            return [torch.from_numpy(np.array(part, dtype=np.int64)) for part in numbers]
+        # One tensor and views of it: one copy to the device.
+        flat = torch.tensor([n for part in numbers for n in part], device=self.device)
+        return flat.split([len(part) for part in numbers])
+
     def _run(self, step: Step, noise: Tensor) -> Outputs:
         """A whole step; tensors only, so that it can be one graph."""
         return self._draw_ahead(step, *self._block(step), noise)
@@ -269,7 +275,8 @@ class BlockDrafter:
                 slots=step.slots[early:],
             )
         # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
-        step = step._replace(**{n: getattr(step, n).clone() for n in ("features", "positions", "rows", "slots")})
+        news = {n: getattr(step, n) for n in ("features", "positions", "rows", "slots")}
+        step = step._replace(**{n: tensor.clone() if tensor._is_view() else tensor for n, tensor in news.items()})
         shape = (batch, self.length, self.model.config.vocab_size)
         return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -354,14 +353,13 @@ class Engine:
             if self._explores:
                 whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
                 record.chosen = keep
-                if whole.any():
+                if whole.numpy().any():
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
             record.predicted_accepted = float((record.survival.numpy() * keep.numpy()).sum())
             record.num_tokens += int(keep.numpy().sum())
         if self.capacity.is_known and record.num_tokens:
-            sizes, is_reading_prompts = np.array([record.num_tokens]), load.num_prompt_tokens > 0
-            record.predicted_seconds = float(
-                self.capacity.seconds(sizes, load.num_requests, load.context_tokens, is_reading_prompts)[0]
+            record.predicted_seconds = self.capacity.seconds_of(
+                record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
             )
         return keep
 
@@ -459,11 +457,11 @@ class Engine:
         n, accepted = len(decoding), verdict.accepted
         record.request_ids = [r.id for r in decoding]
         record.drafted = draft.sizes[:n].tolist()
-        record.verified = keep[:n].sum(1).tolist()
-        record.accepted = accepted[:n].sum(1).tolist()
+        record.verified = keep[:n].numpy().sum(1).tolist()
+        record.accepted = accepted[:n].numpy().sum(1).tolist()
         record.confidence = None if draft.confidence is None else draft.confidence[:n]
         record.parents = None if draft.parents is None else draft.parents[:n]
-        record.kept, record.accepted_nodes = keep[:n], accepted[:n]
+        record.kept, record.accepted_nodes = (x if len(x) == n else x[:n] for x in (keep, accepted))
         record.chances = None if verdict.chances is None else verdict.chances[:n]
 
 
