@@ -203,13 +203,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Capture, argv: tuple[str,
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["frobnicate"], ["generate"], ["generate", PROMPT, "--top-k", "many"], ["generate", PROMPT, "--x"]]
+    "argv", [["frobnicate"], ["generate"], ["generate", PROMPT, "--top-k", "many"], ["generate", PROMPT, "--x"]]
 )
 def test_a_wrong_command_line_is_exit_code_2(capsys: Capture, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
     assert "usage: dspark" in capsys.readouterr().err
+
+
+def test_without_a_verb_it_says_what_there_is(capsys: Capture) -> None:
+    code, out, err = run(capsys)
+    assert code == 2 and not out and "generate" in err and "verify-lossless" in err
 
 
 def _empty(folder: Path) -> None:

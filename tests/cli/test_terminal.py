@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cli.command import PAIR
 from dspark.cli.against_plain import Difference, first_difference
+from dspark.cli.main import main
 from dspark.cli.terminal import acceptance_by_position, speculation_summary, wants_colour
 from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings
@@ -76,3 +78,27 @@ def test_the_first_difference_is_found_also_where_one_ends() -> None:
     assert first_difference([1, 3, 4], [1, 2, 4]) == Difference(1, 3, 2)
     assert first_difference([1], [1, 2]) == Difference(1, None, 2)
     assert first_difference([1, 2], [1]) == Difference(1, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [("compare none ngram", "--save"), ("profile", "--sps"), ("profile", "--output"), ("verify-lossless", "--keep")],
+)
+def test_results_that_could_not_be_written_are_refused_first(
+    verb: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, reason in ((tmp_path / "nowhere" / "x.json", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as end:
+            main([*verb.split(), flag, str(name)])
+        assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> int:
+        raise PermissionError(13, "Permission denied", "secret.json")
+
+    monkeypatch.setattr("dspark.cli.info.run", run)
+    assert main(["info", "tiny"]) == 2
+    assert capsys.readouterr().err == "dspark: error: secret.json: Permission denied\n"

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.terminal import new_file, progress, quiet_weights, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="of the first text (0)")
     kept = parser.add_argument_group("regression")
-    kept.add_argument("--save", type=Path, metavar="FILE", help="keep the run of the last setup")
+    kept.add_argument("--save", type=new_file, metavar="FILE", help="keep the run of the last setup")
     kept.add_argument("--against", type=Path, metavar="FILE", help="a kept run is the baseline")
     kept.add_argument(
         "--gate",

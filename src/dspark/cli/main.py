@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of ending the run
     logging.basicConfig(format="%(name)s: %(message)s")
+    if not (sys.argv[1:] if argv is None else argv):
+        _parser().print_help(sys.stderr)
+        return MISUSE
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -44,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DSparkError as error:
         print("dspark: error:", " ".join(str(error).split()), file=sys.stderr)
         return MISUSE
-    except KeyboardInterrupt:
-        print("dspark: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read us has gone (`| head`). What is still buffered must go nowhere, or Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"dspark: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return MISUSE
+    except KeyboardInterrupt:
+        print("dspark: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

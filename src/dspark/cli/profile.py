@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from dspark.cli.generate import loading
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.terminal import new_file, progress, quiet_weights, say
 from dspark.errors import InvalidRequest
 
 
@@ -26,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", default="1,2,4,8,16,32", help="side by side (default 1,2,4,8,16,32)")
     parser.add_argument("--contexts", default="32,512", help="tokens that each has read (default 32,512)")
     parser.add_argument("--seconds", type=float, default=30.0, help="begin nothing new after so long (default 30)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write here and not to the usual place")
-    parser.add_argument("--sps", type=Path, metavar="FILE", help="also write steps per second in SGLang's form")
+    parser.add_argument("--output", type=new_file, metavar="FILE", help="write here and not to the usual place")
+    parser.add_argument("--sps", type=new_file, metavar="FILE", help="also write steps per second in SGLang's form")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
 

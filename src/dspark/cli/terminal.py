@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -23,6 +24,18 @@ def wants_colour(stream: TextIO, no_color: bool) -> bool:
 def say(message: str) -> None:
     """A line about the run. On stderr, so that stdout is the text and nothing else."""
     print(f"dspark: {message}", file=sys.stderr, flush=True)
+
+
+def new_file(name: str) -> Path:
+    """A file to be written, as an argument's type: refused before the work whose results it is to hold."""
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name} may not be written")
+    return path
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.terminal import new_file, progress, quiet_weights, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=400, metavar="N", help="per prompt, --rule rejection (default 400)"
     )
     test.add_argument(
-        "--keep", metavar="FILE", help="write both token traces of every difference to this JSON lines file"
+        "--keep",
+        type=new_file,
+        metavar="FILE",
+        help="write both token traces of every difference to this JSON lines file",
     )
     test.add_argument("--json", action="store_true", help="print one JSON object")
     test.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
