@@ -107,7 +107,7 @@ class EngineEnd:
         self._worker.cancel_all()
 
     def hear_drain(self) -> None:
-        self._worker.begin_drain()
+        self._compiling.submit(self._worker.begin_drain)  # after the grammars of requests that were taken before
 
     def hear_show(self, number: int, what: str) -> None:
         self._showing.submit(self._show, number, what)
