@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.command import is_one_line_error, run, running_in_group, start
+from cli.command import PAIR, is_one_line_error, run, running_in_group, start
 
 CHAT = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 0}
 
@@ -101,6 +102,22 @@ def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Pa
     assert json.loads(beliefs.read_text())["classes"][""]["num_rounds"] > 0  # what was learned outlives the process
     (costs,) = (tmp_path / "dspark" / "capacity").glob("*.json")
     assert json.loads(costs.read_text())["decoding"]["places"]
+
+
+def test_a_tokenizers_own_code_and_what_a_killed_engine_leaves(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(PAIR / "target", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as T\nclass Own(T): pass\n")
+    with running(str(folder), "--trust-remote-code", HF_HOME=str(tmp_path)) as (url, process, lines):
+        assert httpx.post(url + "/tokenize", json={"prompt": "a river"}).json()["count"] > 1
+        for pid in running_in_group(process.pid):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert any("exit code -9" in line for line in lines)
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

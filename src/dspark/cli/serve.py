@@ -125,9 +125,13 @@ def run(args: argparse.Namespace) -> int:
     listening = listen(args.host, args.port)
     with EngineProcess(watched_engine, args) as engine:
         with progress(f"loading {args.target}", no_color=False):
+            from transformers.dynamic_module_utils import init_hf_modules
+
             from dspark.serve.app import make_app
             from dspark.serve.dashboard import make_dashboard
 
+            if args.trust_remote_code:
+                init_hf_modules()  # the engine sends its tokenizer, whose code transformers has put there
             engine.wait_until_ready()
         log_to_stderr(args.log_level)
         app = make_app(engine, settings, [make_dashboard(engine.snapshot, is_ending=lambda: engine.is_draining)])

@@ -88,6 +88,8 @@ class EngineEnd:
             if self._watched is None:
                 os._exit(1)  # in the midst of loading, for nobody
             self._worker.close()
+            if self._worker.is_alive:
+                os._exit(1)  # stuck in a step, for nobody
 
     # -- what the server may ask -----------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the child should be on its way before this process reads li
 
 log = logging.getLogger(__name__)
 
+_LOST = "the engine has ended: only a restart of the server helps"
 _CLOSE_SECONDS = 40.0  # what the engine's process may take to end: its worker gives the step that runs 30
 
 
@@ -115,7 +116,7 @@ class EngineProcess:
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
         if not self.is_alive:
-            raise EngineLost("the engine has ended: only a restart of the server helps")
+            raise EngineLost(_LOST)
         self._admission.take(len(requests))
         now = time.monotonic()
         self._running |= {r.id: (r, sink, now) for r, sink in zip(requests, sinks, strict=True)}
@@ -155,7 +156,7 @@ class EngineProcess:
 
     async def _show(self, what: str) -> Any:
         if not self.is_alive:
-            raise EngineLost("the engine has ended: only a restart of the server helps")
+            raise EngineLost(_LOST)
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         self._send("show", number, what)
@@ -200,7 +201,7 @@ class EngineProcess:
         self.hear_step([(number, ended("error"), None) for number in list(self._running)])
         for future in self._asked.values():
             if not future.done():
-                future.set_exception(EngineLost("the engine has ended: only a restart of the server helps"))
+                future.set_exception(EngineLost(_LOST))
 
     @property
     def _exit(self) -> str:
