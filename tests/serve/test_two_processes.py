@@ -54,8 +54,16 @@ def test_the_same_seed_gives_the_same_text_streamed_or_not_alone_and_among_other
     assert together(far, crowd) == [expected, expected]
 
 
+def test_stop_strings_are_watched_for_by_the_engine(far, expected):
+    word = expected.split()[3]
+    body = {**BODY, "stop": word}
+    for ours in (whole, streamed):
+        assert together(far, lambda client, ours=ours: ours(client, body)) == expected[: expected.index(word)]
+    far.settle()
+
+
 def test_what_speculation_did_crosses_over_too(far):
-    asked = {"dspark": True, "logprobs": True, "top_logprobs": 2, "stop": ["zzz"], "ignore_eos": True}
+    asked = {"dspark": True, "logprobs": True, "top_logprobs": 2, "ignore_eos": True}
     reply = httpx.post(far.url + "/v1/chat/completions", json={**BODY, **asked}, timeout=60).json()
     (choice,) = reply["choices"]
     stats = choice["dspark"]

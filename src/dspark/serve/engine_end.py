@@ -122,7 +122,11 @@ class EngineEnd:
             for number, tokens, params, grammar in asked:
                 if grammar is not None:
                     params = replace(params, grammar=self._grammars.compile(grammar))
-                requests[number] = self._worker.engine.prepare(tokens, params)
+                request = requests[number] = self._worker.engine.prepare(tokens, params)
+                if not params.stop:
+                    request.text = (
+                        None  # the server makes text of its tokens; only stop strings have to be watched for here
+                    )
             sinks = [partial(self._hold, number, request) for number, request in requests.items()]
             self._worker.submit(list(requests.values()), sinks)
         except Exception as error:  # whatever it was, those who wait must hear of it

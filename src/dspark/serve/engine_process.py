@@ -112,7 +112,12 @@ class EngineProcess:
         await asyncio.get_running_loop().create_unix_connection(lambda: _Line(self), sock=self._line)
 
     def prepare(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        return self.intake.prepare(prompt, params)
+        from dspark.engine.stream import RunningText
+
+        request = self.intake.prepare(prompt, params)
+        if not params.stop:  # otherwise the engine looks for them in the text, and sends that
+            request.text = RunningText(self.intake.tokenizer, ())
+        return request
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
         if not self.is_alive:
@@ -180,7 +185,7 @@ class EngineProcess:
                 vars(request).update(facts or {})
                 del self._running[number]
                 self._admission.end(arrival, time.monotonic())
-            sink(delta)
+            sink(_with_text(request, delta))
 
     def hear_shown(self, number: int, value: Any, error: str | None) -> None:
         future = self._asked.get(number)
@@ -231,6 +236,16 @@ def _asked(request: Request) -> Any:
     grammar = request.params.grammar
     params = replace(request.params, seed=request.seed, grammar=None)
     return request.id, request.tokens, params, None if grammar is None else grammar.text
+
+
+def _with_text(request: Request, delta: Delta) -> Delta:
+    if request.text is None:
+        return delta
+    try:
+        return replace(delta, text=request.text.take(delta.token_ids, delta.finish_reason is not None))
+    except Exception:  # of this request alone; its client hears of it, and then it is cancelled
+        log.exception("request %d fails: its tokens could not be turned into text", request.id)
+        return ended("error")
 
 
 @contextmanager
