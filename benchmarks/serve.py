@@ -3,7 +3,7 @@
 
     python benchmarks/serve.py --quick
 
-starts `dspark serve` in a process of its own and talks to it with streaming clients, taking turns with the same engine
+starts `dspark serve` as users do and talks to it with streaming clients, taking turns with the same engine
 in this process, which writes the same text. Closed loop: clients begin one after another, and each asks again up to 0.1 s
 after it has its answer; the engine's own speed is that of requests that come in the same way. What the server adds to
 the first token and between events is against an engine whose requests come when the server's did: who comes while a step
