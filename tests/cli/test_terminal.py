@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from cli.command import PAIR
 from dspark.cli.against_plain import Difference, first_difference
 from dspark.cli.main import main
-from dspark.cli.terminal import acceptance_by_position, speculation_summary, wants_colour
+from dspark.cli.terminal import acceptance_by_position, quiet_drift, speculation_summary, wants_colour
 from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings
 from dspark.types import Delta, Round
@@ -102,3 +103,10 @@ def test_a_file_that_cannot_be_opened_is_named(
     monkeypatch.setattr("dspark.cli.info.run", run)
     assert main(["info", "tiny"]) == 2
     assert capsys.readouterr().err == "dspark: error: secret.json: Permission denied\n"
+
+
+def test_drift_is_quiet_only_while_it_means_nothing() -> None:
+    log = logging.getLogger("dspark.budget.beliefs")
+    with quiet_drift():
+        assert not log.isEnabledFor(logging.WARNING)
+    assert log.isEnabledFor(logging.WARNING)

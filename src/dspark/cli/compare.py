@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import new_file, progress, quiet_weights, say
+from dspark.cli.terminal import new_file, progress, quiet_drift, quiet_weights, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _runs(args: argparse.Namespace, setups: list[Setup]) -> list[Run]:
     if len(samples) < 2 * args.batch:
         raise InvalidRequest(f"an interval needs two batches; {len(samples)} prompts make fewer of {args.batch}")
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
-    with progress(f"decoding {len(samples)} prompts {args.repeats} times with {len(setups)} setups", args.no_color):
+    doing = f"decoding {len(samples)} prompts {args.repeats} times with {len(setups)} setups"
+    with progress(doing, args.no_color), quiet_drift():
         return run_all(engines, _facts(args, target), samples, params, args.batch, args.repeats, raw)
 
 

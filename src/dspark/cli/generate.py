@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cli.terminal import (
     marked,
     progress,
+    quiet_drift,
     quiet_weights,
     say,
     speculation_summary,
@@ -241,7 +242,8 @@ def _compare(engine: Engine, prompt: Any, params: SamplingParams, args: argparse
 
     say("comparing with plain decoding")  # no spinner: it would take time from what is being timed
     plain = Engine(engine.target, None, scheduler=args.scheduler, rule=args.rule, compile=args.compile)
-    return compare(engine, plain, prompt, params, args.raw, seed)
+    with quiet_drift():
+        return compare(engine, plain, prompt, params, args.raw, seed)
 
 
 def _report(comparison: Comparison, engine: Engine, args: argparse.Namespace) -> None:

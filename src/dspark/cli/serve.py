@@ -43,18 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     models.add_argument("--served-model-name", action="append", metavar="NAME", help="name in the API; repeatable")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--scheduler", "--policy", help="how much of a draft is verified, as for generate")
+    engine.add_argument("--scheduler", "--policy", help="as for generate (default auto)")
     engine.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="default coupled")
     engine.add_argument(
         "--max-num-seqs", type=_positive, default=32, metavar="N", help="requests decoded together (32)"
     )
     engine.add_argument(
-        "--max-num-batched-tokens", type=_positive, default=512, metavar="N", help="prompt tokens a step"
+        "--max-num-batched-tokens", type=_positive, default=512, metavar="N", help="prompt tokens a step (512)"
     )
     engine.add_argument(
         "--max-model-len", type=_positive, metavar="N", help="prompt and output (default: the target's)"
     )
-    engine.add_argument("--num-slots", type=_positive, metavar="N", help="tokens that the KV cache holds")
+    engine.add_argument(
+        "--num-slots", type=_positive, metavar="N", help="tokens that the KV cache holds (default 65536)"
+    )
     engine.add_argument(
         "--prefix-tokens",
         type=int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,18 @@ def progress(message: str, no_color: bool) -> Iterator[None]:
     else:
         say(message)
         yield
+
+
+@contextlib.contextmanager
+def quiet_drift() -> Iterator[None]:
+    """No warnings that traffic has changed: the same few texts again and again are no traffic, and always surprise."""
+    log = logging.getLogger("dspark.budget.beliefs")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def quiet_weights(target: str) -> None:
