@@ -81,3 +81,10 @@ def test_beliefs_are_told_chances_where_the_rule_knows_them(tmp_path: Path) -> N
     assert told and all(c is not None and ((c >= 0) & (c <= 1) | c.isnan()).all() for c in told)
     assert any(c is not None and not c.isnan().all() for c in told)
     assert not any(c is not None for c in [*chances("coupled", "optimal"), *chances("rejection", "fixed:2")])
+
+
+def test_what_one_rule_accepts_says_nothing_of_another(tmp_path: Path) -> None:
+    target = random_target(tmp_path)
+    live = [Engine(target, Echo(), rule=rule).beliefs for rule in ("coupled", "rejection", "coupled")]
+    identities = [beliefs.identity for beliefs in live if isinstance(beliefs, LiveBeliefs)]
+    assert identities[0] == identities[2] != identities[1]

@@ -43,7 +43,7 @@ def live_beliefs(target: Target, drafter: Drafter, rule: str) -> LiveBeliefs:
         )
     folder: Path | None = getattr(drafter, "folder", None)
     weights = f"{type(drafter).__name__} {drafter.length}" if folder is None else calibration.fingerprint(folder)
-    identity = hashlib.sha256(f"{_model(target)} {weights}".encode()).hexdigest()[:16]
+    identity = hashlib.sha256(f"{_model(target)} {weights} {rule}".encode()).hexdigest()[:16]
     return LiveBeliefs(known, max(1, drafter.length), identity=identity)
 
 
