@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -101,3 +102,11 @@ def test_the_rate_of_the_last_days_from_prometheus_with_a_gap(capsys, file):
 def test_mistakes_are_one_line(capsys, file, arguments, why):
     code, _, err = run(capsys, "capacity", *(a.format(file=file) for a in arguments))
     assert code == 2 and is_one_line_error(err) and why in err, err
+
+
+def test_without_the_packages_of_a_server_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("dspark.monitor.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    code, _, err = run(capsys, "capacity", str(tmp_path / "capacity.json"))
+    assert code == 2 and 'pip install "dspark[serve]"' in err and is_one_line_error(err)

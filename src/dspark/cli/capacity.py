@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    import dspark.monitor.prometheus  # noqa: F401  # first: it says what to install where that is missing
     from dspark.monitor.demand import forecast
     from dspark.monitor.forecast import make_plan, make_replica
     from dspark.monitor.request_metrics import Objectives

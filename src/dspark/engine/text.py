@@ -84,7 +84,10 @@ def _render_chat(
 
 def _require_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None:
-        raise InvalidRequest("this target has no tokenizer, so a prompt must be a list of token ids")
+        raise InvalidRequest(
+            "this target has no tokenizer, so a prompt must be a list of token ids: put its tokenizer.json beside the "
+            "weights, or give token ids from Python"
+        )
 
 
 def _valid_text(text: str) -> str:
