@@ -57,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    import dspark.monitor.prometheus  # noqa: F401  # first: it says what to install where that is missing
-    from dspark.monitor.demand import forecast
-    from dspark.monitor.forecast import make_plan, make_replica
-    from dspark.monitor.request_metrics import Objectives
+    try:
+        from dspark.monitor.demand import forecast
+        from dspark.monitor.forecast import make_plan, make_replica
+        from dspark.monitor.request_metrics import Objectives
+    except ImportError as error:
+        raise DSparkError(f'a plan needs {error.name}: pip install "dspark[serve]"') from error
 
     capacity = _capacity(args.capacity)
     mix, limits = _mix_and_limits(args)
