@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first correct the confidence head itself, by one number in its weights: its bias, for --rule",
     )
-    output.add_argument("--out", type=Path, help="folder to write to (default: the drafter's)")
+    output.add_argument("--out", type=Path, help="folder to write to (default: the drafter's, if it was given as a folder)")
     output.add_argument("--dry-run", action="store_true", help="judge, and write nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
@@ -163,6 +163,11 @@ def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
     if args.fit_bias and args.out:
         raise InvalidRequest("--fit-bias changes the drafter where it lies: copy its folder, and leave --out out")
     folder: Path = args.out or own
+    if not (args.out or args.dry_run or Path(args.drafter).is_dir()):
+        raise InvalidRequest(
+            f"{args.drafter} is a name, and others use what it stands for: name its folder to calibrate it where it lies "
+            f"(--drafter {own}), or --out FOLDER, or --dry-run"
+        )
     if not args.dry_run:
         if args.out:
             folder.mkdir(parents=True, exist_ok=True)

@@ -123,10 +123,8 @@ class EngineEnd:
                 if grammar is not None:
                     params = replace(params, grammar=self._grammars.compile(grammar))
                 request = requests[number] = self._worker.engine.prepare(tokens, params)
-                if not params.stop:
-                    request.text = (
-                        None  # the server makes text of its tokens; only stop strings have to be watched for here
-                    )
+                if not params.stop:  # the server makes text of tokens; only stop strings are watched for here
+                    request.text = None
             sinks = [partial(self._hold, number, request) for number, request in requests.items()]
             self._worker.submit(list(requests.values()), sinks)
         except Exception as error:  # whatever it was, those who wait must hear of it
