@@ -107,6 +107,7 @@ class BlockDrafter:
         self._compiled: dict[bool, Direct] = {}  # by whether there is more than one request
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
         self._needs_whole_rows = False
+        self._finds_rows = False  # usual steps are for any rows; else for the first ones only
         self._built: set[tuple[bool, torch.Size]] = set()  # steps that the graph has been called for
 
     def compile(self) -> None:
@@ -129,12 +130,14 @@ class BlockDrafter:
 
         self._compiled = {many: Direct(step, f"draft_{id(self)}_{many}") for many in (False, True)}
         self._graph = self._run_compiled
-        if self.device.type == "cuda" and kernel_for(self.model.fc.weight, self.block_size) is not None:
+        self._finds_rows = kernel_for(self.model.fc.weight, self.block_size) is not None
+        if self.device.type == "cuda" and self._finds_rows:
             self.capture(GraphRecorder(self.device))
 
     def capture(self, record: Recorder) -> None:
         """Record usual steps and replay them: compiled ones where they are. Only where a kernel attends over slots."""
-        self._graph, self._needs_whole_rows = CapturedDraft(self._graph or self._run, record), True
+        self._graph = CapturedDraft(self._graph or self._run, record)
+        self._finds_rows = self._needs_whole_rows = True
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
@@ -146,7 +149,7 @@ class BlockDrafter:
         step = self._prepare(ordered, for_graph=self._graph is not None and noise is not None)
         if noise is None:
             tokens, confidence, probs = self._draw_by_rule(step, *self._block(step), ordered, rule)
-        elif self._graph is None or step.chosen is not None or not len(step.features):
+        elif self._graph is None or not len(step.features) or (step.chosen is not None and not self._finds_rows):
             tokens, confidence = self._run(step, noise)
         else:
             tokens, confidence = self._run_graph(step, noise)
@@ -244,7 +247,7 @@ class BlockDrafter:
             anchors=places[3],
             starts=places[4],
             visible=places[5],
-            chosen=None if self.rows.is_prefix(ids) else places[6],
+            chosen=None if self.rows.is_prefix(ids) and not (for_graph and self._finds_rows) else places[6],
             mask=mask,
             keys=self.rows.keys,
             values=self.rows.values,
@@ -291,8 +294,9 @@ class BlockDrafter:
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
         if batch > 1:
-            for tensor in (*step[:7], step.mask, noise):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for tensor in (*step[:8], step.mask, noise):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
         try:
             with frozen_weights(self.device):

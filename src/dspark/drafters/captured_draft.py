@@ -18,14 +18,15 @@ _log = logging.getLogger(__name__)
 
 _MOST_REQUESTS = 16  # more keep the device busy for longer than the host needs to tell it what to do
 _MOST_STEPS = 32  # recordings that are kept: rows that grow want new ones
-_COPIED = ("features", "positions", "rows", "slots", "anchors", "starts", "visible")
+_COPIED = ("features", "positions", "rows", "slots", "anchors", "starts", "visible", "chosen")
 
 
 class CapturedDraft:
     """Draft tokens and confidences of a Step by replaying recordings, each made when a number of requests first comes.
 
     run  what is recorded, eager or compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]. A step brings
-         rows of full length, so what it attends with must go by `visible` alone, not by the mask
+         rows of full length, so what it attends with must go by `visible` alone, not by the mask; and it says whose
+         rows are meant (`chosen`), whichever they are
     """
 
     def __init__(self, run: Callable[[Step, Tensor], Outputs], record: Recorder) -> None:
