@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first correct the confidence head itself, by one number in its weights: its bias, for --rule",
     )
-    output.add_argument("--out", type=Path, help="folder to write to (default: the drafter's, if it was given as a folder)")
+    output.add_argument(
+        "--out", type=Path, help="folder to write to (default: the drafter's, if it was given as a folder)"
+    )
     output.add_argument("--dry-run", action="store_true", help="judge, and write nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
