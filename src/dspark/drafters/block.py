@@ -294,9 +294,9 @@ class BlockDrafter:
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
         if batch > 1:
-            for tensor in (*step[:8], step.mask, noise):
-                if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            own = (*step[:7], step.mask, noise)
+            for tensor in own if step.chosen is None else (*own, step.chosen):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
         try:
             with frozen_weights(self.device):
