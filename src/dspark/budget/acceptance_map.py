@@ -71,7 +71,7 @@ class AcceptanceMap:
             place = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
         if draft.confidence is None:
             return Stated(np.full(shape, _UNSTATED), place, own)
-        # 0 and 1 have no logit. (np.clip takes three times as long as both.)
+        # 0 and 1 have no logit; np.clip takes longer than the two
         confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), _LEAST), 1 - _LEAST)
         logits = np.log(confidence / (1 - confidence)) * self._slopes[place] + self._offsets[place]
         return Stated(np.minimum(np.maximum(logits, -_LOGIT_LIMIT), _LOGIT_LIMIT), place, own)

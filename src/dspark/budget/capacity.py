@@ -46,13 +46,14 @@ class Capacity:
         self, tokens: Floats | NDArray[np.int64], requests: int, context_tokens: int, is_reading: bool = False
     ) -> Floats:
         """[n]  seconds of everything but drafting in steps that read so many tokens [n], in rising order."""
-        curve = self.reading if is_reading and self.reading.is_known else self.decoding
-        return curve.seconds(tokens, requests, context_tokens)
+        return self._curve(is_reading).seconds(tokens, requests, context_tokens)
 
     def seconds_of(self, tokens: int, requests: int, context_tokens: int, is_reading: bool = False) -> float:
         """The same for one step."""
-        curve = self.reading if is_reading and self.reading.is_known else self.decoding
-        return curve.seconds_of(tokens, requests, context_tokens)
+        return self._curve(is_reading).seconds_of(tokens, requests, context_tokens)
+
+    def _curve(self, is_reading: bool) -> CostCurve:
+        return self.reading if is_reading and self.reading.is_known else self.decoding
 
     def draft_seconds(self, requests: int, context_tokens: int) -> float:
         """Seconds of drafting for so many requests; 0 while that is not known."""

@@ -118,7 +118,7 @@ class CostCurve:
         return np.maximum((table[where] + context * per_context[where]) * self.speed, _LEAST_SECONDS)
 
     def seconds_of(self, size: int, requests: int, context: int) -> float:
-        """The same for one step: a tenth of the time."""
+        """The same for one step, without arrays: it is asked several times a step."""
         if not len(self._weights):
             return 1.0
         table, per_context = self._table_up_to(size, requests, context)
