@@ -172,13 +172,13 @@ def _decoding_steps(
     most = (2 * repeats + 4) * (1 + ready.drafter.length) + 4 * requests * context // _PROMPT_TOKENS + 8
     ready.target.resize(requests * (context + most + 16))
     engine = ready.engine(policy, records)
-    scheduler, engine.scheduler = engine.scheduler, FixedLength(0)
+    scheduler, engine.choosing.scheduler = engine.choosing.scheduler, FixedLength(0)
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, seed=0)
     running = [engine.submit(list(p.token_ids), params) for p in random_prompts(ready.target, requests, context)]
     try:
         while any(not r.generated for r in running):
             engine.step()
-        engine.scheduler = scheduler
+        engine.choosing.scheduler = scheduler
         for _ in range(2):
             engine.step()
         records.clear()

@@ -20,11 +20,11 @@ def target(tmp_path):
 
 def test_an_engine_is_left_as_it_was(target):
     engine = Engine(target, OracleDrafter([], length=3), "auto", capacity=Capacity({"of": "a test"}))
-    scheduler, guard = engine.scheduler, engine.drafting.guard
+    scheduler, guard = engine.choosing.scheduler, engine.drafting.guard
     num_steps = measure(engine, Grid(requests=(1, 3, 1000), contexts=(8, 10_000), repeats=3))
     assert num_steps == 2 * 2 * 3 * 3  # 1000 requests are more than the engine runs; long contexts are cut
     assert engine.capacity.decoding.num_observed >= num_steps
-    assert engine.scheduler is scheduler and engine.drafting.guard is guard is not None
+    assert engine.choosing.scheduler is scheduler and engine.drafting.guard is guard is not None
     assert not engine.has_work and target.num_free_slots == target.cache.limit
 
 

@@ -66,6 +66,16 @@ def test_context_limit_ends_a_request(tmp_path):
         assert (generation.finish_reason, 20 + len(generation.token_ids)) == ("length", 32)
 
 
+def test_a_chosen_length_ends_a_request(target):
+    engine = Engine(target, max_length=12)
+    out = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=256, ignore_eos=True, seed=0))[0]
+    assert (len(out.token_ids), out.finish_reason) == (9, "length")
+    with pytest.raises(InvalidRequest, match="holds 12"):
+        engine.prepare([1] * 12)
+    with pytest.raises(InvalidConfiguration, match="max_length"):
+        Engine(target, max_length=1)
+
+
 def test_logprobs_are_the_targets_own(target):
     prompt = [3, 1, 4, 1, 5]
     settings = dict(temperature=0.7, top_k=5, seed=1, max_tokens=12, logprobs=3)

@@ -66,8 +66,8 @@ def test_schedulers_that_look_ahead_are_refused_under_the_rejection_rule(target,
 
 
 def test_auto_is_the_best_that_the_rule_allows(target):
-    assert type(Engine(target, scheduler="auto").scheduler).__name__ == "Optimal"
-    assert type(Engine(target, scheduler="auto", rule="rejection").scheduler).__name__ == "Lagged"
+    assert type(Engine(target, scheduler="auto").choosing.scheduler).__name__ == "Optimal"
+    assert type(Engine(target, scheduler="auto", rule="rejection").choosing.scheduler).__name__ == "Lagged"
 
 
 def test_records_tell_what_was_believed_and_what_came_of_it(target, texts):

@@ -135,7 +135,5 @@ def test_bodies_of_every_kind_get_an_answer(small, path, mode):
 @pytest.fixture(scope="module")
 def small(target):
     """A server whose answers are short, whatever it is asked for."""
-    engine = Engine(target)
-    engine.max_length = 32
-    with serving(engine) as served:
+    with serving(Engine(target, max_length=32)) as served:
         yield served

@@ -215,20 +215,18 @@ def _engine(args: argparse.Namespace) -> Engine:
         raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
     drafter = load_drafter(_drafter_name(args), target)
     options = {"scheduler": args.scheduler} if args.scheduler else {}
-    engine = Engine(
+    return Engine(
         target,
         drafter,
         rule=args.rule,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         num_slots=args.num_slots,
+        max_length=args.max_model_len,
         prefix_tokens=args.prefix_tokens,
         compile=args.compile,
         **options,
     )
-    if args.max_model_len is not None:
-        engine.max_length = min(engine.max_length, args.max_model_len)
-    return engine
 
 
 def _load_target(args: argparse.Namespace, dtype: str | None, deterministic: bool = False) -> Target:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +14,22 @@ from torch import Tensor
 from dspark.budget.capacity import Capacity, Fingerprint, usual_path
 from dspark.budget.guard import Guard
 from dspark.budget.hindsight import rates
-from dspark.budget.prefix_scheduler import falling_survival
 from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.budget.schedulers import AUTO, make_scheduler
 from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher, is_reading
+from dspark.engine.choosing import Choosing, heeds_beliefs
 from dspark.engine.drafting import Drafting
 from dspark.engine.intake import Intake
+from dspark.engine.ledger import Ledger, verify_spans
 from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.measuring import Grid, measure
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
-from dspark.engine.text import Prompt
+from dspark.engine.text import Prompt, as_prompts
 from dspark.errors import InvalidConfiguration, InvalidRequest
-from dspark.sampling import KeyedDraws, token_logprobs
-from dspark.target.target import Extension, Target
+from dspark.sampling import KeyedDraws
+from dspark.target.target import Target
 from dspark.types import (
     Beliefs,
     Draft,
@@ -39,7 +39,7 @@ from dspark.types import (
     Observer,
     PrefixScheduler,
     Request,
-    Round,
+    Rule,
     SamplingParams,
     Span,
     StepRecord,
@@ -64,6 +64,7 @@ class Engine:
     max_num_seqs        requests decoded together at most
     max_num_batched_tokens  prompts are read in chunks that fill a step up to this many tokens
     num_slots           tokens that the KV cache can hold; None keeps the target's own limit
+    max_length          tokens of one request, prompt and output, at most; None: what the target can read and hold
     prefix_tokens       tokens of past requests that are kept so as not to read them again; 0: no prefix cache
     compile             compile target and drafter: faster steps after tens of seconds of warm-up
     observers           called with the StepRecord of every step
@@ -79,6 +80,7 @@ class Engine:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         num_slots: int | None = None,
+        max_length: int | None = None,
         prefix_tokens: int = 0,
         compile: bool = False,
         observers: Sequence[Observer] = (),
@@ -90,24 +92,18 @@ class Engine:
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
-        self.scheduler = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
-        heeds_beliefs = getattr(self.scheduler, "heeds_beliefs", True)
+        chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
+        _refuse_bias(chosen_by, self.rule)
+        self.rule.reports_chances = heeds_beliefs(chosen_by)
         if beliefs is None:  # nobody waits for what nobody heeds
-            beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs else RawBeliefs()
+            beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs(chosen_by) else RawBeliefs()
         self.beliefs = beliefs
-        # A length that the user fixed is never exceeded.
-        self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs
-        self.rule.reports_chances = heeds_beliefs
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
+        self.choosing = Choosing(chosen_by, beliefs, self.capacity)
         self._learners: list[Any] = [
-            x for x in (self.beliefs, self.capacity, self.guard, self.scheduler) if hasattr(x, "observe")
+            x for x in (beliefs, self.capacity, self.guard, chosen_by) if hasattr(x, "observe")
         ]
-        if self.scheduler.anticipates and not self.rule.allows_anticipation:
-            raise InvalidConfiguration(
-                f"{type(self.scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
-                "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
-            )
         if num_slots is not None:
             target.resize(num_slots)
         lookahead = 1 + self.drafter.length
@@ -115,13 +111,11 @@ class Engine:
             raise InvalidConfiguration("max_num_seqs and max_num_batched_tokens must be 1 or more")
         if prefix_tokens < 0:
             raise InvalidConfiguration(f"prefix_tokens must be 0 or more; got {prefix_tokens}")
-        # The longest request must fit when it is alone, its speculative slots included.
-        self.max_length = min(target.max_length, target.cache.limit - lookahead)
-        if self.max_length < 2:
-            raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
+        self.max_length = _longest(target, lookahead, max_length)
         self.batcher = Batcher(max_num_seqs, max_num_batched_tokens, lookahead)
         self._tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
+        self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
         if compile:
@@ -149,7 +143,7 @@ class Engine:
         self._learners, self.observers, self.drafting.guard = learners, observers, guard
 
     def __repr__(self) -> str:
-        kinds = f"{type(self.drafter).__name__}, {type(self.scheduler).__name__}, {type(self.rule).__name__}"
+        kinds = f"{type(self.drafter).__name__}, {type(self.choosing.scheduler).__name__}, {type(self.rule).__name__}"
         running, waiting = len(self.batcher.running), len(self.batcher.waiting)
         return f"Engine({self.target!r}, {kinds}; {running} requests running, {waiting} waiting)"
 
@@ -165,7 +159,7 @@ class Engine:
 
         One SamplingParams for all or one for each. `raw` continues strings as they stand, without the chat template.
         """
-        prompts = _as_list(prompts)
+        prompts = as_prompts(prompts)
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}; got {len(each)}")
@@ -215,7 +209,7 @@ class Engine:
         """Stop a request and free all it holds; a finished one stays as it is."""
         with self.target.turn:
             if request.finish_reason is None:
-                self._finish(request, "cancelled")
+                self.ledger.finish(request, "cancelled")
 
     def abandon(self, request: Request) -> None:
         """Cancel a request before the next step: for who may be called at any moment, in the middle of a step too."""
@@ -227,13 +221,13 @@ class Engine:
         while self.batcher.running:
             request = self.batcher.running.pop()
             self.batcher.waiting.appendleft(request)
-            self._forget(request)
+            self.ledger.forget(request)
 
     def fail_running(self) -> list[Request]:
         """After `step` raised: end the requests that were in it with reason `error` and free all they hold."""
         failed = list(self.batcher.running or self.batcher.waiting)  # nobody runs: it failed to let them in
         for request in failed:
-            self._finish(request, "error")
+            self.ledger.finish(request, "error")
         return failed
 
     def result(self, request: Request) -> Generation:
@@ -272,11 +266,11 @@ class Engine:
         record.load = self._load(record, decoding, prompts)
         lap("admit")
         # A request with room for one more token needs no draft: the target's own next token ends it.
-        with_room = [b for b, r in enumerate(decoding) if self._room(r) > 1]
-        draft = self.drafting.propose(record, decoding, with_room)
+        room = [self.ledger.room(r) - 1 for r in decoding]
+        draft = self.drafting.propose(record, decoding, [b for b, tokens in enumerate(room) if tokens > 0])
         lap("draft")
-        keep = self._choose(record, draft, decoding)
-        spans = _verify_spans(decoding, draft, keep) + [span for _, span in prompts]
+        keep = self.choosing.choose(record, draft, decoding, room)
+        spans = verify_spans(decoding, draft, keep) + [span for _, span in prompts]
         lap("schedule")
         if spans:
             out = self.target.extend(spans, self.drafter.feature_layers)
@@ -289,7 +283,7 @@ class Engine:
             lap("verify")
             self._record(record, decoding, draft, keep, verdict)
             record.rate, record.best_rate = rates(self.capacity, record)
-            self._commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
+            self.ledger.commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
             lap("commit")
         if decoding:
             self._tokens_per_request = (record.num_tokens - record.num_prompt_tokens) / len(decoding)
@@ -309,22 +303,10 @@ class Engine:
             for request in self.batcher.running:
                 self.prefixes.take_in(request)
         for request in self.batcher.admit(self.target.num_free_slots):
-            self._look_up(record, request)
+            self.ledger.begin(record, request)
         while (preempted := self.batcher.preempt(self.target.num_free_slots)) is not None:
-            self._forget(preempted)
+            self.ledger.forget(preempted)
             record.num_preempted += 1
-
-    def _look_up(self, record: StepRecord, request: Request) -> None:
-        """Spare the target what it has read before."""
-        if self.prefixes is None:
-            return
-        features = self.prefixes.attach(request)
-        if features is not None:
-            self.drafting.keep_features(request, features)
-        if not request.generated:  # one that was preempted finds itself
-            record.num_prefix_asked += request.num_prompt_tokens
-            record.num_prefix_found += request.num_cached
-            request.num_prompt_found = request.num_cached
 
     def _load(self, record: StepRecord, decoding: list[Request], prompts: list[tuple[Request, Span]]) -> Load:
         record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
@@ -335,121 +317,6 @@ class Engine:
             context_tokens=record.num_context_tokens,
             num_prompt_tokens=record.num_prompt_tokens,
         )
-
-    def _choose(self, record: StepRecord, draft: Draft, decoding: list[Request]) -> Tensor:
-        assert record.load is not None
-        load = record.load
-        record.num_tokens = load.base_tokens
-        if draft.tokens.shape[1] == 0:
-            keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
-        else:
-            record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
-            record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
-            keep = self.scheduler.choose(draft, record.survival, load)
-            room = [self._room(r) - 1 for r in decoding]
-            if min(room, default=0) < draft.tokens.shape[1]:
-                keep = keep & (draft.depth <= torch.tensor(room)[:, None])
-            if self._explores:
-                whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
-                record.chosen = keep
-                if whole.numpy().any():
-                    keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
-            record.predicted_accepted = float((record.survival.numpy() * keep.numpy()).sum())
-            record.num_tokens += int(keep.numpy().sum())
-        if self.capacity.is_known and record.num_tokens:
-            record.predicted_seconds = self.capacity.seconds_of(
-                record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
-            )
-        return keep
-
-    def _room(self, request: Request) -> int:
-        """How many more tokens the request may get."""
-        in_context = self.max_length - len(request.tokens)
-        return min(in_context, request.num_prompt_tokens + request.params.max_tokens - len(request.tokens))
-
-    def _commit(
-        self, requests: list[Request], spans: list[Span], draft: Draft, keep: Tensor, verdict: Verdict, out: Extension
-    ) -> None:
-        """Write each verdict into its request; spans without logits are prompts that go on and have none."""
-        sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
-        next_tokens = verdict.next_tokens.tolist()
-        parents = None if draft.parents is None else draft.parents.tolist()
-        first_token, first_row, b = 0, 0, 0
-        for request, span in zip(requests, spans, strict=True):
-            if not span.num_logits:
-                self._cache(request, span, range(len(span.tokens)), first_token, out.features)
-                first_token += len(span.tokens)
-                continue
-            nodes = [k for k, is_kept in enumerate(kept[b]) if is_kept]
-            path = [i for i, node in enumerate(nodes) if accepted[b][node]]  # places among the kept tokens
-            # The tokens before the first row with logits are prompt; the row itself is the anchor's.
-            num_prompt = len(span.tokens) - span.num_logits
-            chosen = [*range(num_prompt + 1), *(num_prompt + 1 + i for i in path)]
-            drafted = [span.tokens[num_prompt + 1 + i] for i in path]
-            if request.params.logprobs is not None:
-                rows = torch.tensor([first_row, *(first_row + 1 + i for i in path)], device=out.logits.device)
-                new = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
-                request.logprobs += new
-            if request.generated:
-                end = nodes[path[-1]] if path else -1
-                is_cut_short = None if parents is None else all(parents[b][node] != end for node in nodes)
-                request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
-            self._cache(request, span, chosen, first_token, out.features)
-            self._append(request, drafted, next_tokens[b])
-            first_token, first_row, b = first_token + len(span.tokens), first_row + span.num_logits, b + 1
-
-    def _cache(
-        self, request: Request, span: Span, chosen: Sequence[int], first_token: int, features: Tensor | None
-    ) -> None:
-        """Keep the chosen tokens of a span in the target's cache, and their features for the drafter."""
-        if len(chosen) < len(span.tokens):
-            self.target.keep(request.id, span.start, chosen)
-        request.num_cached += len(chosen)
-        if features is not None:
-            if chosen[-1] == len(chosen) - 1:  # a run
-                own = features[first_token : first_token + len(chosen)]
-            else:
-                own = features[first_token + torch.tensor(chosen, device=features.device)]
-            self.drafting.keep_features(request, own)
-            if self.prefixes is not None:
-                self.prefixes.note(request, own)
-
-    def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
-        """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""
-        for token, is_drafted in [*((t, True) for t in drafted), (next_token, False)]:
-            request.tokens.append(token)
-            request.is_drafted.append(is_drafted)
-            if reason := self._ending(request, token):
-                del request.logprobs[len(request.generated) :]
-                self._finish(request, reason)
-                return
-
-    def _ending(self, request: Request, token: int) -> str | None:
-        params = request.params
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self.target.end_token_ids):
-            return "stop"
-        if request.text is not None and request.text.push(token):
-            return "stop"
-        return "length" if self._room(request) < 1 else None
-
-    # -- bookkeeping ----------------------------------------------------------------------------------------------------
-
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
-        if request.text is not None:
-            request.text.finish()
-        self.batcher.remove(request)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        if self.prefixes is not None:
-            if request.finish_reason != "error":  # a step that raised may have left its books half written
-                self.prefixes.take_in(request)
-            self.prefixes.forget(request)
-        self.target.release(request.id)
-        self.drafting.forget(request)
-        request.num_cached = 0
 
     def _record(
         self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict
@@ -470,25 +337,14 @@ def _known_capacity(about: Fingerprint) -> Capacity:
     return Capacity.load_or_new(usual_path(about), about)
 
 
-def _verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Span]:
-    """The anchor of each request and its kept draft tokens, renumbered within the span."""
-    spans = []
-    parents = [None] * len(requests) if draft.parents is None else draft.parents.tolist()
-    for request, tokens, kept, tree in zip(requests, draft.tokens.tolist(), keep.tolist(), parents, strict=True):
-        nodes = [k for k, is_kept in enumerate(kept) if is_kept]
-        place = {-1: 0} | {k: 1 + i for i, k in enumerate(nodes)}
-        span_parents = None if tree is None else [-1, *(place[tree[k]] for k in nodes)]
-        span_tokens = [request.tokens[-1], *(tokens[k] for k in nodes)]
-        spans.append(Span(request.id, request.num_cached, span_tokens, span_parents, num_logits=len(span_tokens)))
-    return spans
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A string, one conversation and one list of token ids are each a single prompt."""
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"prompts are a string, messages, token ids, or a list of these; got {prompts!r:.80}")
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
-    return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
+def _longest(target: Target, lookahead: int, wanted: int | None) -> int:
+    """Tokens of the longest request: it must fit when it is alone, its speculative slots included."""
+    if wanted is not None and wanted < 2:
+        raise InvalidConfiguration(f"max_length must be 2 or more, a prompt and an answer; got {wanted}")
+    longest = min(target.max_length, target.cache.limit - lookahead)
+    if longest < 2:
+        raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
+    return longest if wanted is None else min(longest, wanted)
 
 
 def _refuse_names(target: object, drafter: object) -> None:
@@ -497,6 +353,14 @@ def _refuse_names(target: object, drafter: object) -> None:
     if isinstance(drafter, str):
         raise InvalidConfiguration(
             f"Engine takes a drafter and not its name: Engine(target, load_drafter({drafter!r}, target))"
+        )
+
+
+def _refuse_bias(scheduler: PrefixScheduler, rule: Rule) -> None:
+    if scheduler.anticipates and not rule.allows_anticipation:
+        raise InvalidConfiguration(
+            f"{type(scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
+            "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
         )
 
 

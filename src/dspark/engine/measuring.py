@@ -36,7 +36,7 @@ def measure(engine: Engine, grid: Grid, say: Callable[[str], None] = lambda _: N
     The engine must be idle. Its scheduler and guard are out of the way meanwhile.
     """
     assert not engine.has_work, "measure before the first request"
-    scheduler, guard, started = engine.scheduler, engine.drafting.guard, time.perf_counter()
+    scheduler, guard, started = engine.choosing.scheduler, engine.drafting.guard, time.perf_counter()
     engine.drafting.guard, num_steps = None, 0
     try:
         for context in sorted(grid.contexts):
@@ -46,7 +46,7 @@ def measure(engine: Engine, grid: Grid, say: Callable[[str], None] = lambda _: N
                 say(f"{num_requests} requests, context {context}")
                 num_steps += _measure_at(engine, num_requests, context, grid.repeats)
     finally:
-        engine.scheduler, engine.drafting.guard = scheduler, guard
+        engine.choosing.scheduler, engine.drafting.guard = scheduler, guard
     return num_steps
 
 
@@ -71,7 +71,7 @@ def _measure_at(engine: Engine, num_requests: int, context: int, repeats: int) -
 
 
 def _steps(engine: Engine, length: int, repeats: int, requests: Sequence[Request]) -> int:
-    engine.scheduler = FixedLength(length)
+    engine.choosing.scheduler = FixedLength(length)
     for _ in range(repeats):
         engine.step()
     assert all(r.finish_reason is None for r in requests)

@@ -7,7 +7,7 @@ their input is cut: `Detokenizer` for tokens that hold part of a character, `Sto
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
 
@@ -52,6 +52,14 @@ def render_prompt(
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise InvalidRequest(f"a prompt in a list is all messages or all token ids, 0 or more; got {item!r} in it")
     return list(prompt)  # type: ignore[arg-type]  # every item is an int
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A string, one conversation and one list of token ids are each a single prompt."""
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts are a string, messages, token ids, or a list of these; got {prompts!r:.80}")
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
 
 
 def _render_chat(

@@ -1,0 +1,54 @@
+"""Which tokens of a draft the target reads, and what the step is believed to cost and bring with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dspark.budget.capacity import Capacity
+from dspark.budget.prefix_scheduler import falling_survival
+from dspark.types import Beliefs, Draft, PrefixScheduler, Request, StepRecord
+
+
+def heeds_beliefs(scheduler: PrefixScheduler) -> bool:
+    """Whether its choices depend on what is believed of drafts; a length that the user fixed does not."""
+    return getattr(scheduler, "heeds_beliefs", True)
+
+
+class Choosing:
+    """One scheduler at work in an engine, with what it weighs."""
+
+    def __init__(self, scheduler: PrefixScheduler, beliefs: Beliefs, capacity: Capacity) -> None:
+        self.scheduler, self.beliefs, self.capacity = scheduler, beliefs, capacity
+        # A length that the user fixed is never exceeded.
+        self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs(scheduler)
+
+    def choose(self, record: StepRecord, draft: Draft, decoding: Sequence[Request], room: Sequence[int]) -> Tensor:
+        """keep [B, K] of the draft, within the draft tokens that each request has room for; record says what it costs."""
+        assert record.load is not None
+        load = record.load
+        record.num_tokens = load.base_tokens
+        if draft.tokens.shape[1] == 0:
+            keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
+        else:
+            record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
+            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
+            record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
+            keep = self.scheduler.choose(draft, record.survival, load)
+            if min(room, default=0) < draft.tokens.shape[1]:
+                keep = keep & (draft.depth <= torch.tensor(room)[:, None])
+            if self._explores:
+                whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
+                record.chosen = keep
+                if whole.numpy().any():
+                    keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
+            record.predicted_accepted = float((record.survival.numpy() * keep.numpy()).sum())
+            record.num_tokens += int(keep.numpy().sum())
+        if self.capacity.is_known and record.num_tokens:
+            record.predicted_seconds = self.capacity.seconds_of(
+                record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
+            )
+        return keep
