@@ -61,7 +61,7 @@ def modules() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """`engine` for dspark/engine/text.py, `types` for dspark/types.py."""
+    """`engine` for dspark/engine/text.py, `types` for dspark/types/draft.py."""
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 

@@ -1,0 +1,105 @@
+"""One sequence being generated, and what its user gets of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dspark.types.sampling_params import Matcher, SamplingParams
+
+
+@dataclass(frozen=True)
+class Round:
+    """One target pass of one request after its prompt: draft tokens proposed, read by the target, and accepted.
+
+    is_cut_short  of a tree: no token was read after the last accepted one. None: a chain, whose tokens are read in a row
+    """
+
+    drafted: int
+    verified: int
+    accepted: int
+    is_cut_short: bool | None = None
+
+    @property
+    def reached(self) -> int:
+        """Positions of the draft that were judged: those accepted, and the next one if any token was read there."""
+        is_cut_short = self.verified == self.accepted if self.is_cut_short is None else self.is_cut_short
+        return self.accepted + (not is_cut_short)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The target's own log-probabilities at one position, before temperature, penalties and cuts."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # likeliest first
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being generated.
+
+    Every token but the last (the anchor) is in the target's cache once the prompt has been read.
+    features [n, F] are those of positions features_start .. num_cached-1, kept until the drafter has been asked once.
+    """
+
+    id: int
+    tokens: list[int]
+    params: SamplingParams
+    num_prompt_tokens: int
+    seed: int = 0
+    num_cached: int = 0
+    features: Tensor | None = None
+    features_start: int = 0
+    feature_pieces: list[Tensor] = field(default_factory=list, repr=False)  # newer features, not yet joined to these
+    num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves
+    rounds: list[Round] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
+    finish_reason: str | None = None
+    text: Any = field(default=None, repr=False)  # the engine's running translation into text
+    matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
+    num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens the target has not read: just the anchor, except while the prompt is being read."""
+        return self.tokens[self.num_cached :]
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the user gets for one prompt."""
+
+    prompt_token_ids: list[int] = field(repr=False)
+    token_ids: list[int] = field(repr=False)
+    text: str
+    finish_reason: str
+    rounds: list[Round] = field(repr=False)
+    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    is_drafted: list[bool] = field(default_factory=list, repr=False)
+    seed: int = 0
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per target pass after the prompt, the bonus token included."""
+        return sum(r.accepted + 1 for r in self.rounds) / len(self.rounds) if self.rounds else 1.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a streamed request. fault: why its grammar could not be followed to its end."""
+
+    text: str
+    token_ids: list[int]
+    is_drafted: list[bool]
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    fault: str | None = None
