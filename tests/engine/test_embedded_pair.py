@@ -5,6 +5,8 @@ Speculation hides a broken drafter: the text stays right and only acceptance dro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dspark import Engine, SamplingParams, load_drafter, load_target
@@ -106,3 +108,15 @@ def test_stop_strings_cut_the_text_not_the_tokens_before(target, plain):
     assert generation.finish_reason == "stop"
     assert generation.text == expected.text[: expected.text.index(word)]
     assert generation.token_ids == expected.token_ids[: len(generation.token_ids)]
+
+
+def test_a_token_that_ends_the_output_is_in_the_text_whether_or_not_strings_are_watched_for(target, plain):
+    expected = plain["greedy"][0]
+    word = next(t for t in expected.token_ids[10:] if target.tokenizer.decode([t]).strip())
+    params = SamplingParams(temperature=0, max_tokens=64, stop_token_ids=(word,))
+    engine = Engine(target)
+    unwatched, watched = (
+        engine.generate([PROMPTS[0]], replace(params, stop=stop))[0] for stop in ((), ("never said",))
+    )
+    assert unwatched.token_ids == watched.token_ids
+    assert watched.text == unwatched.text == target.tokenizer.decode(watched.token_ids, skip_special_tokens=True)

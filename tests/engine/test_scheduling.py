@@ -214,11 +214,16 @@ class Broken(OracleDrafter):
             "confidence": Draft(draft.tokens, sizes, torch.full(draft.tokens.shape, torch.nan)),
             "parents": Draft(draft.tokens, sizes, parents=torch.full(draft.tokens.shape, 4)),
             "shape": Draft(draft.tokens[:1], sizes[:1]),
+            "dtype": Draft(draft.tokens + 0.5, sizes),
+            "probs": Draft(draft.tokens, sizes, probs=torch.ones(num_requests, length, VOCAB_SIZE + 1)),
+            "law": Draft(draft.tokens, sizes, probs=torch.zeros(num_requests, length, VOCAB_SIZE)),
         }
         return garbage[self.fault]
 
 
-@pytest.mark.parametrize("fault", ["raises", "tokens", "sizes", "confidence", "parents", "shape"])
+@pytest.mark.parametrize(
+    "fault", ["raises", "tokens", "sizes", "confidence", "parents", "shape", "dtype", "probs", "law"]
+)
 def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fault, caplog):
     drafter, records = Broken(texts, fault), []
     engine = Engine(target, drafter, "fixed:5", observers=[records.append], max_num_seqs=2)
@@ -230,6 +235,39 @@ def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fau
     assert len(drafter.asked) > 4  # the next requests were drafted for again
     assert len([r for r in caplog.records if "drafter failed" in r.message]) == 1
     assert target.num_free_slots == target.cache.limit
+
+
+class Padded(OracleDrafter):
+    """Leaves in padding what was there, and counts in 32 bits."""
+
+    def propose(self, requests, rule):
+        draft = super().propose(requests, rule)
+        draft.tokens[~draft.real], draft.parents[~draft.real] = -100, 999
+        return Draft(draft.tokens.int(), draft.sizes.int(), parents=draft.parents.int())
+
+
+@pytest.mark.parametrize("scheduler", ["fixed:2", "threshold:0.1", "optimal", "tokens-per-batch"])
+def test_what_lies_in_padding_means_nothing(target, texts, scheduler):
+    records = []
+    engine = Engine(target, Padded(texts, tree=True), scheduler, observers=[records.append], capacity=Known())
+    generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+    assert sum(r.num_faults for r in records) == 0 < sum(sum(r.accepted) for r in records)
+
+
+class CannotRead(Reader):
+    def read(self, requests):
+        raise RuntimeError("no memory for features")
+
+
+def test_a_drafter_that_cannot_read_costs_drafts_and_no_answer(target, texts, monkeypatch):
+    monkeypatch.setattr(drafting, "_MOST_UNREAD", 8)
+    records = []
+    engine = Engine(target, CannotRead(target, texts), "fixed:3", observers=[records.append])
+    engine.drafting.guard = Never(engine.capacity)
+    generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
+    assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts
+    assert sum(r.num_faults for r in records) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("seed", range(10))

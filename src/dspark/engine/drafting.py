@@ -84,7 +84,13 @@ class Drafting:
             assert draft.tokens.shape[1] <= self.drafter.length, (
                 "a drafter proposed more than its `length`, which counts slots"
             )
+            if draft.parents is not None:  # what lies in padding may point anywhere, and followers index with it
+                draft.parents = draft.parents.long().masked_fill(~draft.real, -1)
             return draft
+        self._give_up(record, asked, fault)
+        return Draft.empty(len(asked))
+
+    def _give_up(self, record: StepRecord, asked: Sequence[Request], fault: Exception | str) -> None:
         record.num_faults += len(asked)
         self._log_once(fault)
         for request in asked:
@@ -93,7 +99,6 @@ class Drafting:
             # A drafter that writes into the target's cache may have been cut short before it tidied up.
             if self.target.cache.length(request.id) > request.num_cached:
                 self.target.keep(request.id, request.num_cached, ())
-        return Draft.empty(len(asked))
 
     def _release(self, request: Request) -> None:
         try:
@@ -113,10 +118,16 @@ class Drafting:
         if not full:
             return
         record.num_unread += sum(map(_join_features, full))
-        if hasattr(self.drafter, "read"):
-            self.drafter.read(full)
-        else:
+        read = getattr(self.drafter, "read", None)
+        if not callable(read):
             self._ask(record, full)
+        else:
+            try:
+                read(full)
+            except AssertionError:
+                raise
+            except Exception as error:  # noqa: BLE001  # as in _ask
+                self._give_up(record, full, error)
         for request in full:
             request.features_start, request.features = request.num_cached, None
 
@@ -142,16 +153,26 @@ def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
             return f"{name} {list(values.shape)} beside tokens {list(tokens.shape)}"
     if not tokens.numel():
         return None
+    for name, values in (("tokens", tokens), ("sizes", sizes), ("parents", draft.parents)):
+        if values is not None and (values.is_floating_point() or values.is_complex()):
+            return f"{name} of {values.dtype}"
     ids, lengths = tokens.numpy(), sizes.numpy()  # on the host already, where numpy is the quicker
     if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
         return f"sizes {sizes.tolist()} for drafts of {tokens.shape[1]} tokens"
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        return f"token ids outside 0 .. {vocab_size - 1}"
     is_real = np.arange(tokens.shape[1]) < lengths[:, None]
+    if (((ids < 0) | (ids >= vocab_size)) & is_real).any():
+        return f"token ids outside 0 .. {vocab_size - 1}"
     if draft.parents is not None:
         parents = draft.parents.numpy()
         if (((parents >= np.arange(tokens.shape[1])) | (parents < -1)) & is_real).any():
             return "a draft token that does not come after its parent"
     if draft.confidence is not None and (np.isnan(draft.confidence.numpy()) & is_real).any():
         return "confidences that are no numbers"
+    if draft.probs is not None:
+        if draft.probs.shape != (*tokens.shape, vocab_size):
+            return f"probs {list(draft.probs.shape)} beside tokens {list(tokens.shape)} and {vocab_size} token ids"
+        rows = tokens.long().clamp(0, vocab_size - 1).to(draft.probs.device)[..., None]
+        drawn = draft.probs.gather(2, rows)[..., 0].cpu().numpy()
+        if (~(drawn > 0) & is_real).any():
+            return "a draft token that its own law excludes"
     return None

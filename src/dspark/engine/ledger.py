@@ -118,9 +118,9 @@ class Ledger:
 
     def _ending(self, request: Request, token: int) -> str | None:
         params = request.params
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self.target.end_token_ids):
+        if request.text is not None and request.text.push(token):  # first: a token that ends the output is part of it
             return "stop"
-        if request.text is not None and request.text.push(token):
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self.target.end_token_ids):
             return "stop"
         return "length" if self.room(request) < 1 else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Protocol
@@ -100,13 +100,15 @@ class SamplingParams:
         self._require("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number")
         self._require("max_tokens", self.max_tokens >= 1, "1 or more")
         self._require("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more")
-        is_by_token = all(
+        is_by_token = isinstance(self.logit_bias, Mapping) and all(
             _is_integer(token) and isinstance(bias, Real) and math.isfinite(bias)
             for token, bias in self.logit_bias.items()
         )
         self._require("logit_bias", is_by_token, "finite numbers by token id")
         are_strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         self._require("stop", are_strings, "strings that are not empty")
+        are_ids = isinstance(self.stop_token_ids, Collection) and all(map(_is_integer, self.stop_token_ids))
+        self._require("stop_token_ids", are_ids, "token ids")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
