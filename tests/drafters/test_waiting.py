@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dspark.drafters import block
+from dspark.drafters import block_step
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.noise import COUPLED
@@ -53,7 +53,7 @@ def test_forwards_and_drafts_ask_the_device_for_nothing(monkeypatch: pytest.Monk
         return attended_shape
 
     monkeypatch.setattr(attention, "kernel_for", kernel_for)
-    monkeypatch.setattr(block, "kernel_for", kernel_for)
+    monkeypatch.setattr(block_step, "kernel_for", kernel_for)
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**_SIZES)).eval().requires_grad_(False)
         config = BlockConfig(

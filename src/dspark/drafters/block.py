@@ -7,56 +7,27 @@ the anchor, as keys and values that are computed once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dspark.budget.calibration import Calibration
 from dspark.drafters.block_model import BlockModel
+from dspark.drafters.block_step import Step, attend_to_rows
 from dspark.drafters.captured_draft import CapturedDraft
+from dspark.drafters.compiled_draft import CompiledDraft
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
 from dspark.target.captured import GraphRecorder, Outputs, Recorder
-from dspark.target.compiled import frozen_weights
-from dspark.target.direct import Direct
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
 from dspark.types import Draft, Request, Rule
-
-_log = logging.getLogger(__name__)
-
-
-class Step(NamedTuple):
-    """Everything a step needs, as tensors: B requests, N positions that were not read before, P slots of a block.
-
-    features [N, F], positions [N]     the news: committed since the last step, or by a request that was not asked
-    rows, slots [N + B*P]              where keys and values of news and blocks are kept
-    anchors [B], starts [B]            last committed tokens and their positions
-    chosen [B] or None                 rows of the requests; None: they are the first B
-    visible [B]                        context positions each block sees
-    mask [B, 1, 1, P + S]              added to scores; S is the longest context
-    keys, values                       per layer, as ContextRows has them
-    """
-
-    features: Tensor
-    positions: Tensor
-    rows: Tensor
-    slots: Tensor
-    anchors: Tensor
-    starts: Tensor
-    visible: Tensor
-    chosen: Tensor | None
-    mask: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 @dataclass
@@ -104,11 +75,10 @@ class BlockDrafter:
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
-        self._compiled: dict[bool, Direct] = {}  # by whether there is more than one request
+        self._is_compiled = False
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
         self._needs_whole_rows = False
         self._finds_rows = False  # usual steps are for any rows; else for the first ones only
-        self._built: set[tuple[bool, torch.Size]] = set()  # steps that the graph has been called for
 
     def compile(self) -> None:
         """Compile the usual step (the coupled rule with a plain temperature): a graph for one request, one for more.
@@ -116,20 +86,13 @@ class BlockDrafter:
         Each takes some seconds at its first use. On CPU the weights are packed into it for its kernels. Once is enough,
         however many engines share the drafter.
         """
-        if self._compiled:
+        if self._is_compiled:
             return
+        self._is_compiled = True
         self._head = self.model.head.for_drawing()
         self.model = cast(BlockModel, with_packed_linears(self.model))
         self.lm_head = with_packed_linears(self.lm_head)
-
-        def step(step: Step, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-            for tensor in (*step.keys, *step.values):  # two sizes instead of two for each
-                torch._check(tensor.shape[0] == step.keys[0].shape[0])
-                torch._check(tensor.shape[1] == step.keys[0].shape[1])
-            return self._run(step, noise)
-
-        self._compiled = {many: Direct(step, f"draft_{id(self)}_{many}") for many in (False, True)}
-        self._graph = self._run_compiled
+        self._graph = CompiledDraft(self._run, self.device)
         self._finds_rows = kernel_for(self.model.fc.weight, self.block_size) is not None
         if self.device.type == "cuda" and self._finds_rows:
             self.capture(GraphRecorder(self.device))
@@ -223,16 +186,8 @@ class BlockDrafter:
             positions, rows, slots = (values[:1] * missing + values for values in (positions, rows, slots))
             features = torch.cat([features[:1].expand(missing, -1), features])
         starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
-        numbers = [
-            positions,
-            rows,
-            slots,
-            [r.tokens[-1] for r in requests],
-            starts,
-            visible,
-            [self.rows.row(i) for i in ids],
-        ]
-        places = self._as_tensors(numbers)
+        anchors, chosen = [r.tokens[-1] for r in requests], [self.rows.row(i) for i in ids]
+        places = self._as_tensors([positions, rows, slots, anchors, starts, visible, chosen])
         whole_rows = for_graph and self._needs_whole_rows
         num_slots = self.rows.keys[0].shape[1] if whole_rows else self.block_size + max(visible)
         mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
@@ -283,33 +238,6 @@ class BlockDrafter:
         shape = (batch, self.length, self.model.config.vocab_size)
         return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
 
-    def _run_compiled(self, step: Step, noise: Tensor) -> Outputs:
-        if not self._compiled:
-            return self._run(step, noise)
-        batch, kind = len(step.anchors), (len(step.anchors) > 1, step.keys[0].shape)
-        compiled = self._compiled[batch > 1]
-        if kind in self._built:
-            return compiled(step=step, noise=noise)
-        for tensor in (*step.keys, *step.values):
-            torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
-        torch._dynamo.maybe_mark_dynamic(step.mask, 3)
-        if batch > 1:
-            own = (*step[:7], step.mask, noise)
-            for tensor in own if step.chosen is None else (*own, step.chosen):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        self._built.add(kind)
-        try:
-            with frozen_weights(self.device):
-                return compiled.build(step=step, noise=noise)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # the compiler's own errors all derive from it
-            _log.warning(
-                "the drafter runs uncompiled: %s", (str(error).strip() or type(error).__name__).splitlines()[0]
-            )
-            self._compiled.clear()
-            return self._run(step, noise)
-
     def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keep keys and values of context, without drafting."""
         context = self.model.context(features)
@@ -328,7 +256,7 @@ class BlockDrafter:
         news = self.model.context_keys_values(self.model.context(step.features), step.positions)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_attention(q, torch.cat([news[layer][0], k]), torch.cat([news[layer][1], v]), step, layer)
+            return attend_to_rows(q, torch.cat([news[layer][0], k]), torch.cat([news[layer][1], v]), step, layer)
 
         hidden = self.model.block(self.embed_tokens(tokens.flatten()).to(self.dtype), positions.flatten(), attend)
         hidden = hidden.view(*tokens.shape, -1)[:, : self.length]
@@ -367,36 +295,3 @@ class BlockDrafter:
         e = None if embedded[0] is None else torch.stack([e for e in embedded if e is not None], 1)
         logit = self.model.confidence(hidden, e)
         return None if logit is None else torch.sigmoid(logit.float())
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
-    """Keep k and v of news and blocks; every slot of a block attends to its context and its whole block, without order.
-
-    q [B*P, heads, D], k and v [N + B*P, KV, D]. Returns [B*P, heads, D].
-    """
-    batch, num_slots, (_, kv_heads, width) = len(step.anchors), step.mask.shape[-1], k.shape
-    keys = step.keys[layer].index_put_((step.rows, step.slots), k)
-    values = step.values[layer].index_put_((step.rows, step.slots), v)
-    size, group = q.shape[0] // batch, q.shape[1] // kv_heads
-    attend_slots = kernel_for(q, size)
-    if attend_slots is not None:
-        first = (torch.arange(batch, device=q.device) if step.chosen is None else step.chosen) * keys.shape[1]
-        slots = first[:, None] + torch.arange(num_slots, device=q.device)
-        places = step.starts[:, None] + torch.arange(size, device=q.device)
-        inside = torch.ones(batch, size, size, dtype=torch.bool, device=q.device)
-        rows = (keys.flatten(0, 1), values.flatten(0, 1), slots, step.visible, places, inside)
-        return attend_slots(q, *rows, None, None, width**-0.5, 0, 0.0, None)
-    if step.chosen is None:
-        keys, values = keys[:batch, :num_slots], values[:batch, :num_slots]
-    else:
-        keys, values = (
-            keys[:, :num_slots].index_select(0, step.chosen),
-            values[:, :num_slots].index_select(0, step.chosen),
-        )
-    # No slot sees less than another, so the query heads that share a key head are just more queries.
-    queries = (
-        q.view(batch, size, kv_heads, group, width).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, width)
-    )
-    mask = None if batch == 1 else step.mask  # one request sees all of its row
-    y = F.scaled_dot_product_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-    return y.view(batch, kv_heads, group, size, width).permute(0, 3, 1, 2, 4).reshape(q.shape)

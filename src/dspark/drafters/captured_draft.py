@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from dspark.drafters.block_step import Step
 from dspark.target.captured import Outputs, Recorder
-
-if TYPE_CHECKING:
-    from dspark.drafters.block import Step
 
 _log = logging.getLogger(__name__)
 

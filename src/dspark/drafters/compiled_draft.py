@@ -1,0 +1,62 @@
+"""A block drafter's usual step, compiled: a graph for one request, one for more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.block_step import Step
+from dspark.target.captured import Outputs
+from dspark.target.compiled import frozen_weights
+from dspark.target.direct import Direct
+
+_log = logging.getLogger(__name__)
+
+
+class CompiledDraft:
+    """Draft tokens and confidences of a Step whose news are as many as its requests can bring at most.
+
+    run  what is compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]; tensors only
+    """
+
+    def __init__(self, run: Callable[[Step, Tensor], Outputs], device: torch.device) -> None:
+        def function(step: Step, noise: Tensor) -> Outputs:
+            for tensor in (*step.keys, *step.values):  # two sizes instead of two for each
+                torch._check(tensor.shape[0] == step.keys[0].shape[0])
+                torch._check(tensor.shape[1] == step.keys[0].shape[1])
+            return run(step, noise)
+
+        self._run, self._device = run, device
+        self._graphs = {many: Direct(function, f"draft_{id(self)}_{many}") for many in (False, True)}
+        self._built: set[tuple[bool, torch.Size]] = set()  # steps that a graph has been called for
+
+    def __call__(self, step: Step, noise: Tensor) -> Outputs:
+        """The first call of a kind compiles, which takes seconds; what does not compile runs as it is from then on."""
+        if not self._graphs:
+            return self._run(step, noise)
+        many = len(step.anchors) > 1
+        graph, kind = self._graphs[many], (many, step.keys[0].shape)
+        if kind in self._built:
+            return graph(step=step, noise=noise)
+        for tensor in (*step.keys, *step.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+        torch._dynamo.maybe_mark_dynamic(step.mask, 3)
+        if many:
+            own = (*step[:7], step.mask, noise)
+            for tensor in own if step.chosen is None else (*own, step.chosen):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        self._built.add(kind)
+        try:
+            with frozen_weights(self._device):
+                return graph.build(step=step, noise=noise)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the compiler's own errors all derive from it
+            _log.warning(
+                "the drafter runs uncompiled: %s", (str(error).strip() or type(error).__name__).splitlines()[0]
+            )
+            self._graphs.clear()
+            return self._run(step, noise)
