@@ -9,6 +9,10 @@ class InvalidRequest(DSparkError, ValueError):
     """A prompt or a sampling parameter that cannot be served; other requests are untouched."""
 
 
+class PromptTooLong(InvalidRequest):
+    """A prompt that leaves no room for an answer."""
+
+
 class InvalidConfiguration(DSparkError, ValueError):
     """Options that do not go together, or a name that means nothing."""
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -118,6 +119,14 @@ def test_a_tokenizers_own_code_and_what_a_killed_engine_leaves(tmp_path: Path) -
                 os.kill(pid, signal.SIGKILL)
         assert process.wait(60) == 1
     assert any("exit code -9" in line for line in lines)
+
+
+def test_what_is_not_installed_is_said_before_anything_is_loaded(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr("dspark.serve.engine_process.EngineProcess.__init__", pytest.fail)
+    code, _, err = run(capsys, "serve", "--port", "0")
+    assert (code, is_one_line_error(err)) == (2, True)
+    assert 'serving needs llguidance: pip install "dspark[serve]"' in err
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from dspark.errors import InvalidConfiguration
 
 
-def pair(faulty: bool = False, max_num_seqs: int = 32, max_waiting: int = 256):
+def pair(
+    faulty: bool = False,
+    max_num_seqs: int = 32,
+    max_waiting: int = 256,
+    stuck_seconds: float = 120.0,
+    gate: Path | None = None,
+):
     """The embedded pair, watched as `dspark serve` watches it; a slot that is not free at the end is exit code 3.
 
     faulty  the drafter raises on every step
+    gate    a file without which no step gets on
     """
     from dspark import Engine, load_drafter, load_target
     from dspark.engine.worker import Worker
@@ -23,6 +31,8 @@ def pair(faulty: bool = False, max_num_seqs: int = 32, max_waiting: int = 256):
     if faulty:
         drafter.propose = _fail
     engine = Engine(target, drafter, "fixed:7", max_num_seqs=max_num_seqs)
+    if gate is not None:
+        engine.observers.append(lambda _: _wait_for(gate))
     monitoring = Monitoring("tiny", "dspark", target.cache.limit, plain=Engine(target))
 
     def check() -> None:
@@ -34,6 +44,7 @@ def pair(faulty: bool = False, max_num_seqs: int = 32, max_waiting: int = 256):
     worker = Worker(
         engine,
         max_waiting=max_waiting,
+        stuck_seconds=stuck_seconds,
         observers=[monitoring.step],
         on_finished=[monitoring.request],
         idle_tasks=[monitoring.idle],
@@ -49,6 +60,11 @@ def assert_all_free(cache) -> None:
 
 def _fail(requests, rule):
     raise RuntimeError("a drafter that is broken")
+
+
+def _wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
 
 
 def for_ever():

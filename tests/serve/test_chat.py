@@ -107,6 +107,32 @@ def test_penalties_bias_and_extras_reach_the_engine(served, plain):
     assert answer.usage.completion_tokens == 16
 
 
+def test_null_is_left_out_and_hints_change_nothing(served):
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "seed": 2}
+    hints = {"n": None, "stream": None, "stop": None, "logprobs": None, "ignore_eos": None, "tools": None}
+    hints |= {"modalities": ["text"], "prediction": {"type": "content", "content": "A river"}}
+    replies = [httpx.post(served.url + "/v1/chat/completions", json={**body, **more}).json() for more in ({}, hints)]
+    assert replies[0]["choices"] == replies[1]["choices"]
+
+
+def test_characters_of_several_tokens_come_whole(served):
+    text = "naïve 日本語 🎉 👩‍👩‍👧 𝄞"
+    exactly = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": text}}}
+    for stop, expected in ((None, f'"{text}"'), ("語 🎉", '"naïve 日本')):
+        chunks = chat(served, response_format=exactly, max_tokens=120, stop=stop, stream=True, logprobs=True)
+        pieces = [c.choices[0].delta.content or "" for c in chunks]
+        assert "".join(pieces) == expected
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_stop_string_is_found_wherever_pieces_end(served):
+    whole = chat(served, temperature=0, max_tokens=40).choices[0].message.content
+    for start in range(0, len(whole) - 9, 11):
+        stop = whole[start : start + 9]
+        chunks = chat(served, temperature=0, max_tokens=40, stop=stop, stream=True)
+        assert text_of(chunks) == whole[: whole.index(stop)]
+
+
 def test_content_parts_and_the_older_roles(served, plain):
     expected = plain([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"}], seed=1)
     messages = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import time
@@ -31,7 +32,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
@@ -40,10 +41,12 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, "messages"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"Model": 1}, "Model"),
+        ({"best_of": 1}, "best_of"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type"),
         ({"": 1}, ""),
         ({"seed": 2**64}, "seed"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -60,6 +63,15 @@ def test_bad_fields_are_named(served, change, field):
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert (error["param"] or "") == field
+
+
+def test_errors_that_clients_know_how_to_mend(served):
+    assert post(served, {**CHAT, "messages": [{"role": "user", "content": "x " * 9000}]}).json()["error"]["code"] == (
+        "context_length_exceeded"
+    )
+    as_curl_does = httpx.post(served.url + "/v1/chat/completions", content=json.dumps(CHAT))
+    assert as_curl_does.status_code == 400
+    assert "Content-Type: application/json" in as_curl_does.json()["error"]["message"]
 
 
 def test_the_client_raises_its_own_errors(served):
@@ -203,6 +215,21 @@ def test_a_drain_that_takes_too_long_says_so_to_the_client(target):
             rest = "\n".join(events)
         assert '"code":"shutting_down"' in rest
         assert rest.endswith("data: [DONE]\n")
+
+
+def test_a_second_signal_waits_for_no_answer_and_tells_the_client(target, caplog):
+    with serving(Engine(target), drain_seconds=1000.0) as served:
+        body = {**CHAT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", served.url + "/v1/chat/completions", json=body, timeout=60) as reply:
+            events = reply.iter_lines()
+            next(events)
+            served.stop()
+            served.stop()
+            rest = "\n".join(events)
+        assert '"code":"shutting_down"' in rest
+        assert rest.endswith("data: [DONE]\n")
+        served.ended()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_engine_faults_are_500_and_the_next_request_is_served(target, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -155,6 +156,32 @@ def test_a_broken_drafter_a_full_queue_and_then_a_killed_engine(expected):
                 return [r.status_code for r in [*replies, await client.post("/v1/chat/completions", json=BODY)]]
 
         assert asyncio.run(asked_again()) == [503] * 4
+
+
+def test_an_engine_that_is_stuck_is_said_to_be_until_it_goes_on(expected, tmp_path):
+    """In a step, which it says itself, and stopped altogether, when it says nothing."""
+    gate = tmp_path / "gate"
+
+    def health_becomes(status: int) -> None:
+        deadline = time.monotonic() + 60
+        while (reply := httpx.get(served.url + "/health", timeout=60)).status_code != status:
+            assert time.monotonic() < deadline, reply.text
+            time.sleep(0.1)
+        assert (status == 200) or reply.json()["error"]["message"] == "the engine is stuck"
+
+    with in_two_processes(engines.pair, False, 32, 256, 0.3, gate) as served:
+        served.backend._stuck_seconds = 60.0  # so that it is the engine that says so
+        with ThreadPoolExecutor(1) as asking:
+            answer = asking.submit(together, served, lambda client: whole(client, BODY))
+            health_becomes(503)
+            gate.touch()
+            assert answer.result(60) == expected
+        health_becomes(200)
+        served.backend._stuck_seconds = 0.3
+        os.kill(served.process.pid, signal.SIGSTOP)
+        health_becomes(503)
+        os.kill(served.process.pid, signal.SIGCONT)
+        health_becomes(200)
 
 
 @pytest.mark.parametrize(("make", "error"), [(engines.refusing, DSparkError), (engines.failing, EngineLost)])

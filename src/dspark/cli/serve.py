@@ -119,6 +119,8 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     try:
+        import llguidance  # noqa: F401  # only needed later, when the engine's process has begun
+
         from dspark.serve.engine_process import EngineProcess
         from dspark.serve.logs import log_to_stderr
         from dspark.serve.process import listen, serve
@@ -126,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         raise DSparkError(f'serving needs {error.name}: pip install "dspark[serve]"') from error
     listening = listen(args.host, args.port)
     with EngineProcess(watched_engine, args) as engine:
-        with progress(f"loading {args.target}", no_color=False):
+        doing = ", and compiling it, which takes a minute or two" if args.compile else ""
+        with progress(f"loading {args.target}{doing}", no_color=False):
             from transformers.dynamic_module_utils import init_hf_modules
 
             from dspark.serve.app import make_app

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from dspark.engine.text import Prompt, render_prompt
-from dspark.errors import InvalidRequest
+from dspark.errors import InvalidRequest, PromptTooLong
 from dspark.types import Request, SamplingParams
 
 _request_ids = count()  # shared, because engines may share a target and with it the cache
@@ -41,7 +41,7 @@ class Intake:
         if outside:
             raise InvalidRequest(f"token ids must be in 0 .. {self.vocab_size - 1}; got {outside[0]}")
         if len(tokens) >= self.max_length:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens, but this engine holds {self.max_length} with at least one to "
                 "generate: shorten the prompt, or use a target with a longer context or more slots"
             )

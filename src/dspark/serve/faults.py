@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from dspark.errors import DSparkError, EngineLost, InvalidRequest, QueueFull, ShuttingDown
+from dspark.errors import DSparkError, EngineLost, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
 from dspark.serve import wire
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         return ApiError(503, str(error), code="shutting_down")
     if isinstance(error, EngineLost):
         return ApiError(503, str(error), code="engine_lost")
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, str(error), param, "context_length_exceeded")  # clients look for it, and shorten
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error), param)
     if isinstance(error, DSparkError):
@@ -77,8 +80,10 @@ def add_handlers(app: FastAPI) -> None:
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()  # Starlette logs the traceback
 
-    async def malformed(_: Request, error: Exception) -> JSONResponse:
+    async def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
+        if "json" not in request.headers.get("content-type", ""):  # FastAPI reads no other: a web page could send it
+            return ApiError(400, "the body is not read without the header Content-Type: application/json").response()
         return _validation_error(error).response()
 
     async def http_error(_: Request, error: Exception) -> JSONResponse:
@@ -97,15 +102,21 @@ def add_handlers(app: FastAPI) -> None:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     """The first complaint, with the field's path; what came is not repeated, since it may be long or private."""
-    first = error.errors()[0]
-    where = list(first["loc"][1:])
-    # Besides fields and places, pydantic names members of unions, which mean nothing to a client.
-    path = [str(part) for part in where if isinstance(part, int) or part in _FIELDS]
+    errors = error.errors()
+    of_first_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    # Every member of a union complains: the one that got furthest into what came is the one that was meant.
+    first = max(of_first_field, key=lambda each: len(_path(each["loc"])))
+    path = _path(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
     if first["type"] == "extra_forbidden":
-        unknown = ".".join([*path, str(where[-1])])
+        unknown = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])
         return ApiError(400, f"unknown field {unknown!r}: it is not supported here", unknown, "unknown_field")
     field = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, field)
+
+
+def _path(location: Sequence[int | str]) -> list[str]:
+    """Fields and places. Pydantic names members of unions besides, which mean nothing to a client."""
+    return [str(part) for part in location[1:] if isinstance(part, int) or part in _FIELDS]

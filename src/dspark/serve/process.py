@@ -40,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, backend: Backend, listening: socket.socket, drain_seconds: float) -> None:
-    """Answer until SIGTERM or Ctrl-C; then finish what was taken, for `drain_seconds` at most. A second signal ends at once.
+    """Answer until SIGTERM or Ctrl-C; then finish what was taken, for `drain_seconds` at most. A second signal cancels it.
 
     Without an engine there is nothing to answer: it ends when that has.
     """
@@ -77,7 +77,8 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """What a signal does; on the event loop."""
         if self.should_exit:
-            self.force_exit = True
+            self._backend.cancel_all()  # its clients are told, where uvicorn would cut them off
+            asyncio.get_running_loop().call_later(_GRACE_SECONDS, setattr, self, "force_exit", True)
             return
         log.info("shutting down: %d requests are being finished", self._backend.num_open)
         self._backend.begin_drain()

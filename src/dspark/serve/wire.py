@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dspark.types import SamplingParams
 
@@ -16,6 +16,12 @@ _INT64 = 2**63
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """OpenAI's API takes null for any field that may be left out, and clients write it."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class StreamOptions(_Body):
@@ -151,6 +157,8 @@ class ChatRequest(_Generate):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     # accepted and without any effect
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = Field(None, description="a guess of the answer: drafters make their own")
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
