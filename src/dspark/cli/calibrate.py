@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.models import add_target, add_threads, open_target, set_threads
+from dspark.cli.terminal import progress, say
 from dspark.errors import InvalidConfiguration, InvalidRequest
 
 if TYPE_CHECKING:
@@ -27,11 +28,9 @@ _VARIANTS = ("raw", "sts", "affine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
+    add_target(parser)
     parser.add_argument("--drafter", default="dspark", help="with a confidence head: dspark (default), a folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -69,18 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    import torch
-
     from dspark.budget.calibration import Origin, fingerprint, fit_affine, fit_temperatures, split, with_bias
     from dspark.budget.reliability import report
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     with progress(f"loading {args.target}", args.no_color):
-        from dspark import load_drafter, load_target
+        from dspark import load_drafter
 
-        quiet_weights(args.target)
-        target = load_target(args.target, dtype=args.dtype, device=args.device)
+        target = open_target(args)
         drafter = load_drafter(args.drafter, target)
     folder = _folder(args, drafter)
     started = time.perf_counter()
@@ -145,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("prompts", 2), ("max_prompt", 1), ("max_tokens", 1), ("threads", 1)):
+    for name, least in (("prompts", 2), ("max_prompt", 1), ("max_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise InvalidRequest(f"--{name.replace('_', '-')} must be {least} or more; got {value}")

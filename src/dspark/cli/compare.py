@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import new_file, progress, quiet_drift, quiet_weights, say
+from dspark.cli.models import add_target, add_threads, open_target, set_threads
+from dspark.cli.terminal import new_file, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ REGRESSED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("setups", nargs="+", metavar="SETUP", help="DRAFTER[,scheduler=NAME][,rule=NAME]")
     models = parser.add_argument_group("models")
-    models.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
-    models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
+    add_target(models)
     models.add_argument("--compile", action="store_true", help="compile the models first")
-    models.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(models)
     work = parser.add_argument_group("work")
     work.add_argument("--prompts", type=int, default=24, metavar="N", help="built-in prompts to use (24)")
     work.add_argument(
@@ -113,14 +112,10 @@ def _runs(args: argparse.Namespace, setups: list[Setup]) -> list[Run]:
 
 
 def _engines(args: argparse.Namespace, setups: list[Setup]) -> tuple[Target, dict[str, Engine]]:
-    import torch
+    from dspark import Engine, load_drafter
 
-    from dspark import Engine, load_drafter, load_target
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    quiet_weights(args.target)
-    target = load_target(args.target, dtype=args.dtype, device=args.device)
+    set_threads(args)
+    target = open_target(args)
     drafters = {name: load_drafter(name, target) for name in {s.drafter for s in setups}}
     return target, {
         s.name: Engine(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from dspark.cli.terminal import progress, quiet_weights
+from dspark.cli.models import quiet_weights
+from dspark.cli.terminal import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

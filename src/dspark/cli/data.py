@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.models import add_placement, add_threads, drafter_name, open_target, quiet_weights, set_threads
+from dspark.cli.terminal import progress, say
 from dspark.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         regenerate.add_argument(f"--{flag}", type=int, help=meaning)
     regenerate.add_argument("--drafter", help="as in `dspark generate` (default: dspark for tiny, otherwise none)")
-    regenerate.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    regenerate.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    add_placement(regenerate)
     regenerate.add_argument("--compile", action="store_true", help="compile the engine's steps first")
     regenerate.add_argument("--base-url", help="ask this OpenAI-compatible server instead: http://host:port/v1")
     regenerate.add_argument("--model", help="the model's name at that server (default: the target's)")
@@ -61,19 +61,14 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system prompt for conversations without one: the one that will be served")
     parser.add_argument("--on-error", choices=["skip", "stop"], default="stop", help="what a malformed record does")
     parser.add_argument("--limit", type=int, help="read this many records at most")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    add_threads(parser)
     parser.add_argument("--no-color", action="store_true", help="no colours (also: the NO_COLOR variable)")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     if args.limit is not None and args.limit < 1:
         raise InvalidConfiguration(f"--limit must be 1 or more; got {args.limit}")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InvalidConfiguration(f"--threads must be 1 or more; got {args.threads}")
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     code: int = args.act(args)
     return code
 
@@ -135,12 +130,12 @@ def _regenerate(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace, settings: AnswerSettings, renderer: Renderer) -> Any:
-    from dspark import Engine, load_drafter, load_target
+    from dspark import Engine, load_drafter
     from dspark.train.answers import EngineAnswerer
 
     with progress(f"loading {args.target}", args.no_color):
-        target = load_target(args.target, dtype=args.dtype, device=args.device)
-        drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target)
+        target = open_target(args)
+        drafter = load_drafter(drafter_name(args), target)
         engine = Engine(target, drafter, max_num_seqs=settings.batch, max_num_batched_tokens=2048, compile=args.compile)
     return EngineAnswerer(engine, renderer)
 

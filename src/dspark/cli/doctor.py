@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import progress, quiet_weights
+from dspark.cli.models import quiet_weights
+from dspark.cli.terminal import progress
 from dspark.errors import InvalidConfiguration
 
 if TYPE_CHECKING:

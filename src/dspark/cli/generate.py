@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dspark.cli.models import add_hub, add_target, add_threads, drafter_name, open_target, set_threads
 from dspark.cli.terminal import (
     marked,
     progress,
     quiet_drift,
-    quiet_weights,
     say,
     speculation_summary,
     speed,
@@ -60,16 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What `make_engine` reads."""
     models = parser.add_argument_group("models")
-    models.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
+    add_target(models)
     models.add_argument(
         "--drafter",
         help="none, ngram, self; with a target that ships them dspark, dflash, eagle3, draft; a folder, a hub id "
         "or file.py:make (default: dspark for tiny, otherwise none)",
     )
-    models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
-    models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
+    add_hub(models)
     speculation = parser.add_argument_group("speculation")
     speculation.add_argument("--tree", type=int, metavar="N", help="draft a tree of N tokens, not a chain")
     speculation.add_argument("--scheduler", default="auto", help="how much is verified: auto (default), fixed:7, ...")
@@ -80,7 +77,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument(
         "--deterministic", action="store_true", help="same bits alone, in a draft and in company (chains, uncompiled)"
     )
-    speculation.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(speculation)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,24 +162,14 @@ def loading(args: argparse.Namespace) -> str:
 
 def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
     """Load the models that the flags name."""
-    import torch
+    from dspark import Engine, load_drafter
 
-    from dspark import Engine, load_drafter, load_target
-
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InvalidRequest(f"--threads must be 1 or more; got {args.threads}")
-        torch.set_num_threads(args.threads)
     if args.deterministic and args.tree is not None:
         raise InvalidRequest("--deterministic reads chains: leave out --tree")
-    quiet_weights(args.target)
-    loading: dict[str, Any] = {"revision": args.revision} if args.revision else {}
-    if args.trust_remote_code:
-        loading["trust_remote_code"] = True
-    loading["deterministic"] = args.deterministic
-    target = load_target(args.target, dtype=args.dtype, device=args.device, **loading)
+    set_threads(args)
+    target = open_target(args, deterministic=args.deterministic)
     shape = {} if args.tree is None else {"tree": args.tree}
-    drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target, **shape)
+    drafter = load_drafter(drafter_name(args), target, **shape)
     options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile}
     return Engine(target, drafter, **options, prefix_tokens=prefix_tokens)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.cli.terminal import progress, quiet_weights
+from dspark.cli.models import quiet_weights
+from dspark.cli.terminal import progress
 from dspark.errors import InvalidRequest
 
 DOES_NOT_FIT = 1

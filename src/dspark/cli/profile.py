@@ -11,17 +11,16 @@ import json
 from typing import Any
 
 from dspark.cli.generate import loading
-from dspark.cli.terminal import new_file, progress, quiet_weights, say
+from dspark.cli.models import add_target, add_threads, drafter_name, open_target, set_threads
+from dspark.cli.terminal import new_file, progress, say
 from dspark.errors import InvalidRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
+    add_target(parser)
     parser.add_argument("--drafter", help="as for generate (default: dspark for tiny, otherwise none)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
     parser.add_argument("--compile", action="store_true", help="of compiled models")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(parser)
     parser.add_argument("--requests", default="1,2,4,8,16,32", help="side by side (default 1,2,4,8,16,32)")
     parser.add_argument("--contexts", default="32,512", help="tokens that each has read (default 32,512)")
     parser.add_argument("--seconds", type=float, default=30.0, help="begin nothing new after so long (default 30)")
@@ -73,19 +72,13 @@ def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
 
 
 def _engine(args: argparse.Namespace, max_requests: int) -> Any:
-    import torch
-
-    from dspark import Engine, load_drafter, load_target
+    from dspark import Engine, load_drafter
     from dspark.budget.capacity import Capacity
     from dspark.engine.machine import fingerprint
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InvalidRequest(f"--threads must be 1 or more; got {args.threads}")
-        torch.set_num_threads(args.threads)
-    quiet_weights(args.target)
-    target = load_target(args.target, dtype=args.dtype, device=args.device)
-    drafter = load_drafter(args.drafter or ("dspark" if args.target == "tiny" else "none"), target)
+    set_threads(args)
+    target = open_target(args)
+    drafter = load_drafter(drafter_name(args), target)
     anew = Capacity(fingerprint(target, drafter, args.compile))
     return Engine(target, drafter, compile=args.compile, max_num_seqs=max_requests, capacity=anew)
 

@@ -11,9 +11,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dspark.cli.terminal import progress, quiet_weights, say
+from dspark.cli.models import add_hub, add_placement, add_threads, drafter_name, open_target, set_threads
+from dspark.cli.terminal import progress, say
 from dspark.errors import DSparkError, InvalidConfiguration
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models = parser.add_argument_group("models")
     models.add_argument("--drafter", help="as for generate (default: dspark for tiny, otherwise none)")
-    models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
-    models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
+    add_placement(models)
+    add_hub(models)
     models.add_argument("--served-model-name", action="append", metavar="NAME", help="name in the API; repeatable")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--scheduler", "--policy", help="as for generate (default auto)")
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--deterministic", action="store_true", help="a request's logits have the same bits alone and in company"
     )
-    engine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(engine)
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     access.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
@@ -167,7 +166,7 @@ def watched_engine(args: argparse.Namespace) -> Watched:
         on_finished=[monitoring.request],
         idle_tasks=[monitoring.idle],
         at_end=[monitoring.close, *(learned.save for learned in kept)],
-        drafter=_drafter_name(args),
+        drafter=drafter_name(args),
     )
     return Watched(worker.start(), monitoring.metrics.render, monitoring.snapshot)
 
@@ -207,16 +206,13 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _engine(args: argparse.Namespace) -> Engine:
-    import torch
-
     from dspark import Engine, load_drafter
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    target = _load_target(args, args.dtype, args.deterministic)
+    set_threads(args)
+    target = open_target(args, deterministic=args.deterministic)
     if target.tokenizer is None:
         raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
-    drafter = load_drafter(_drafter_name(args), target)
+    drafter = load_drafter(drafter_name(args), target)
     options = {"scheduler": args.scheduler} if args.scheduler else {}
     return Engine(
         target,
@@ -230,20 +226,6 @@ def _engine(args: argparse.Namespace) -> Engine:
         compile=args.compile,
         **options,
     )
-
-
-def _load_target(args: argparse.Namespace, dtype: str | None, deterministic: bool = False) -> Target:
-    from dspark import load_target
-
-    quiet_weights(args.target)
-    from_pretrained: dict[str, Any] = {"revision": args.revision} if args.revision else {}
-    if args.trust_remote_code:
-        from_pretrained["trust_remote_code"] = True
-    return load_target(args.target, dtype=dtype, device=args.device, deterministic=deterministic, **from_pretrained)
-
-
-def _drafter_name(args: argparse.Namespace) -> str:
-    return args.drafter or ("dspark" if args.target == "tiny" else "none")
 
 
 def _kept(args: argparse.Namespace, engine: Engine) -> list[Kept]:
@@ -278,7 +260,7 @@ def _monitoring(args: argparse.Namespace, engine: Engine) -> Monitoring:
     dtype = str(target.dtype).removeprefix("torch.")
     return Monitoring(
         _names(args)[0],
-        _drafter_name(args),
+        drafter_name(args),
         target.cache.limit,
         watch,
         dtype=dtype,
@@ -301,7 +283,7 @@ def _single_precision(args: argparse.Namespace, target: Target) -> LogitsOf | No
 
     def logits_of(context: Sequence[int]) -> Tensor:
         if not loaded:
-            loaded.append(logits_by_target(_load_target(args, "float32")))
+            loaded.append(logits_by_target(open_target(args, "float32")))
         return loaded[0](context)
 
     return logits_of

@@ -65,14 +65,6 @@ def quiet_drift() -> Iterator[None]:
         log.setLevel(level)
 
 
-def quiet_weights(target: str) -> None:
-    """No bars for reading weights from this machine: the spinner says it. A download from the hub keeps its bars."""
-    if target == "tiny" or Path(target).exists():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
 def marked(text: str, is_drafted: bool) -> str:
     return f"{_GREEN}{text}{_RESET}" if is_drafted else text
 

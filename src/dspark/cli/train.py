@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cli.terminal import quiet_weights, say
-from dspark.errors import InvalidConfiguration
+from dspark.cli.models import add_threads, quiet_weights, set_threads
+from dspark.cli.terminal import say
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost and bring, and stop")
     parser.add_argument("--tensorboard", action="store_true", help="event files beside the CSV files")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    add_threads(parser)
 
 
 def _recipe(name: str) -> Path:
@@ -59,16 +59,11 @@ def _recipe(name: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from dspark.train.distributed import join, leave
     from dspark.train.plan import make_plan
     from dspark.train.trainer import Trainer, refuse_to_overwrite
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InvalidConfiguration(f"--threads must be 1 or more; got {args.threads}")
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     places = {name: getattr(args, name) for name in ("target", "data", "out", "dtype", "device")}
     plan = make_plan(args.recipes, places, {name: getattr(args, name) for name in _OVERRIDES})
     if not (args.resume or args.dry_run):

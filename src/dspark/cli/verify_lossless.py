@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.terminal import new_file, progress, quiet_weights, say
+from dspark.cli.models import add_hub, add_target, add_threads, open_target, set_threads
+from dspark.cli.terminal import new_file, progress, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -28,19 +29,16 @@ DIFFERENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("configuration")
-    models.add_argument("--target", default="tiny", help="tiny (the embedded one, default), a folder or a hub id")
+    add_target(models)
     models.add_argument("--drafter", help="as for generate (default: dspark for tiny, otherwise ngram)")
-    models.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the target's own")
-    models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
-    models.add_argument("--revision", help="branch, tag or commit of a target from the hub")
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
+    add_hub(models)
     models.add_argument("--scheduler", default="auto", help="how much is verified, as for generate")
     models.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="acceptance rule")
     models.add_argument("--compile", action="store_true", help="compile the models, as for generate")
     models.add_argument(
         "--deterministic", action="store_true", help="as for generate; then rounding explains no difference"
     )
-    models.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_threads(models)
     test = parser.add_argument_group("test")
     test.add_argument("--prompts", type=int, default=16, metavar="N", help="built-in prompts to use (default 16)")
     test.add_argument("--prompts-file", metavar="FILE", help="one prompt per line instead of the built-in ones")
@@ -96,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("prompts", "max_tokens", "samples", *(("threads",) if args.threads is not None else ())):
+    for name in ("prompts", "max_tokens", "samples"):
         if getattr(args, name) < 1:
             raise InvalidRequest(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(args, name)}")
     if min(args.batch) < 1:
@@ -104,26 +102,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _engines(args: argparse.Namespace) -> tuple[Target, Engine, Engine]:
-    import torch
-
     from dspark import Engine, load_drafter
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    target = _load(args, args.dtype, args.deterministic)
+    set_threads(args)
+    target = open_target(args, deterministic=args.deterministic)
     drafter = load_drafter(args.drafter, target)
     options: dict[str, Any] = dict(rule=args.rule, max_num_seqs=max(args.batch), compile=args.compile)
     return target, Engine(target, drafter, scheduler=args.scheduler, **options), Engine(target, None, **options)
-
-
-def _load(args: argparse.Namespace, dtype: str | None, deterministic: bool = False) -> Target:
-    from dspark import load_target
-
-    quiet_weights(args.target)
-    options: dict[str, Any] = {"revision": args.revision} if args.revision else {}
-    if args.trust_remote_code:
-        options["trust_remote_code"] = True
-    return load_target(args.target, dtype=dtype, device=args.device, deterministic=deterministic, **options)
 
 
 class _Single:
@@ -137,7 +122,7 @@ class _Single:
         from dspark.monitor.identity import logits_by_target
 
         if self._logits_of is None:
-            self._logits_of = logits_by_target(_load(self._args, "float32"))
+            self._logits_of = logits_by_target(open_target(self._args, "float32"))
         return self._logits_of(context)
 
 
