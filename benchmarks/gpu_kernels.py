@@ -15,7 +15,7 @@ from dspark.noise import COUPLED
 from dspark.sampling import KeyedDraws
 from dspark.target import kernels, native
 from dspark.target.attention import slot_attention
-from dspark.target.plan import make_plan, read_spans
+from dspark.target.plan import make_plan, move, read_spans
 from dspark.target.target import Target
 from dspark.types import Span
 
@@ -51,7 +51,8 @@ def attention_rows(
         with cached(target, requests, context, each):
             spans = [Span(request, context, (1,) * each) for request in range(requests)]
             write = target.cache.reserve_many([(request, each) for request in range(requests)])
-            plan = make_plan(spans, read_spans(spans, write), target.cache, target.device)
+            plan = make_plan(spans, read_spans(spans, write), target.cache)
+            move(plan, (), target.device)
             shape = (1, requests * each, config.head_dim)
             like = {"dtype": target.dtype, "device": target.device}
             q = torch.randn(1, config.num_attention_heads, *shape[1:], **like)

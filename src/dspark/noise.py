@@ -70,6 +70,8 @@ class GumbelNoise:
 
     def rows(self, seeds: Sequence[int], positions: Sequence[int], stream: int) -> Tensor:
         """[N, V]  the noise of N (seed, position) pairs; runs of following positions are cut out in one piece."""
+        if not seeds:  # a step that only reads parts of prompts
+            return torch.zeros(0, self.vocab_size, device=self.device)
         pieces, start = [], 0
         while start < len(seeds):
             seed, position = seeds[start], positions[start]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark.noise import GumbelNoise, uniform
+from dspark.transfer import columns_on_device, on_device, together_on_device, together_on_host
 from dspark.types import Request, TokenLogprobs
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,16 @@ def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[S
     return scores, temperature
 
 
+def extended(paths: Sequence[Sequence[int]], tokens: Tensor, owners: Sequence[Request]) -> list[list[int]]:
+    """paths (N) with their next tokens [N], as `shape_logits` takes them of these owners (N).
+
+    Which tokens they are is asked by penalties and grammars only: without these nobody waits for the device.
+    """
+    if tokens.device.type == "cpu" or any(r.looks_back for r in owners):
+        return [[*path, token] for path, token in zip(paths, tokens.tolist(), strict=True)]
+    return [[*path, 0] for path in paths]
+
+
 def law(scores: Tensor, temperature: Tensor) -> Tensor:
     """[N, V] probabilities of scores [N, V] at temperature [N, 1]; temperature 0 is the one-hot limit."""
     greedy = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
@@ -50,10 +61,12 @@ def law(scores: Tensor, temperature: Tensor) -> Tensor:
 def token_logprobs(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """What the target itself, with no sampling parameter applied, gave each chosen token. logits [N, V], chosen (N)."""
     logprobs = torch.log_softmax(logits.float(), -1)
-    own = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0].tolist()
+    own = logprobs.gather(1, on_device(chosen, logits.device)[:, None])[:, 0]
     values, ids = logprobs.topk(min(num_top, logits.shape[-1]), -1)
-    tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprobs(t, p, top) for t, p, top in zip(chosen, own, tops, strict=True)]
+    numbers = [x.tolist() for x in together_on_host((own, ids, values)) if x is not None]
+    return [
+        TokenLogprobs(token, p, tuple(zip(i, v, strict=True))) for token, p, i, v in zip(chosen, *numbers, strict=True)
+    ]
 
 
 class Draws(Protocol):
@@ -81,8 +94,9 @@ class KeyedDraws:
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
     ) -> Tensor:
         if self._draw is not None:
-            places = (on_device(numbers, scores.device) for numbers in (_signed(seeds), positions))
-            return self._draw(scores, temperature, *places, stream)
+            return self._draw(
+                scores, temperature, *columns_on_device((_signed(seeds), positions), scores.device), stream
+            )
         return _argmax(self.noisy(scores, temperature, seeds, positions, stream))
 
     def noisy(
@@ -96,13 +110,6 @@ class KeyedDraws:
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability
-
-
-def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers as a tensor there, without waiting until the device has done what it was told before."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 @cache
@@ -132,7 +139,8 @@ def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequ
         start, stop = stop, stop + len(list(rows))
         params = owners[start].params
         if params.logit_bias:
-            scores[start:stop, list(params.logit_bias)] += torch.tensor([*params.logit_bias.values()]).to(scores)
+            ids = on_device([*params.logit_bias], scores.device)
+            scores[start:stop, ids] += on_device([*params.logit_bias.values()], scores.device, scores.dtype)
         if params.penalises:
             _penalise_rows(scores[start:stop], owners[start], previous[start:stop])
     return scores
@@ -149,7 +157,7 @@ def _penalise_rows(scores: Tensor, request: Request, previous: Sequence[Sequence
             output[row, column[token]] += 1
     in_prompt = torch.zeros(len(seen), dtype=torch.bool)
     in_prompt[[column[token] for token in prompt]] = True
-    output, in_prompt, ids = output.to(scores), in_prompt.to(scores.device), torch.tensor(seen, device=scores.device)
+    output, in_prompt, ids = together_on_device((output.to(scores.dtype), in_prompt, torch.tensor(seen)), scores.device)
     old = scores[:, ids]
     repeated = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
     new = torch.where((output > 0) | in_prompt, repeated, old)
@@ -162,7 +170,7 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
     for row, (request, path) in enumerate(zip(owners, previous, strict=True)):
         if request.matcher is not None:
             mask[row] = request.matcher.allowed([*request.generated, *path])
-    return mask.to(scores.device)
+    return together_on_device((mask,), scores.device)[0]
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

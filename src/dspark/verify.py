@@ -20,6 +20,7 @@ from torch import Tensor
 from dspark.errors import InvalidConfiguration
 from dspark.noise import ACCEPT, COUPLED, DRAFT, RESIDUAL
 from dspark.sampling import Draws, KeyedDraws, law, shape_logits
+from dspark.transfer import on_device
 from dspark.types import Draft, Request, Rule, Verdict
 
 
@@ -46,7 +47,7 @@ class Coupled:
         seeds = [r.seed for r in requests for _ in range(length)]
         positions = [len(r.tokens) + k for r in requests for k in range(length)]
         rows = noise.rows(seeds, positions, COUPLED).view(len(requests), length, -1)
-        return rows * torch.tensor([r.params.temperature for r in requests], device=rows.device)[:, None, None]
+        return rows * on_device([r.params.temperature for r in requests], rows.device)[:, None, None]
 
     def outlook(self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
         """The noise is the target's, so it decides here too: a softmax of what the draft's own choice is the largest of."""

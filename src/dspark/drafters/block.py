@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +23,11 @@ from dspark.drafters.compiled_draft import CompiledDraft
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
+from dspark.sampling import extended
 from dspark.target.captured import GraphRecorder, Outputs, Recorder
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
+from dspark.transfer import columns_on_device, on_device
 from dspark.types import Draft, Request, Rule
 
 
@@ -118,7 +119,7 @@ class BlockDrafter:
             tokens, confidence = self._run_graph(step, noise)
         if ordered != list(requests):
             place = {r.id: row for row, r in enumerate(ordered)}
-            order = torch.tensor([place[r.id] for r in requests], device=tokens.device)
+            order = on_device([place[r.id] for r in requests], tokens.device)
             tokens = tokens[order]
             confidence = None if confidence is None else confidence[order]
             probs = None if probs is None else probs[order]
@@ -163,7 +164,7 @@ class BlockDrafter:
         runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim([r.id for r in requests], runs)
         positions = [p for run in runs for p in run]
-        places = (torch.tensor(n[: len(positions)], device=self.device) for n in (positions, rows, slots))
+        places = columns_on_device([n[: len(positions)] for n in (positions, rows, slots)], self.device)
         self._write(torch.cat(pieces).to(self.dtype), *places)
 
     def release(self, request_id: int) -> None:
@@ -187,7 +188,7 @@ class BlockDrafter:
             features = torch.cat([features[:1].expand(missing, -1), features])
         starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
         anchors, chosen = [r.tokens[-1] for r in requests], [self.rows.row(i) for i in ids]
-        places = self._as_tensors([positions, rows, slots, anchors, starts, visible, chosen])
+        places = columns_on_device([positions, rows, slots, anchors, starts, visible, chosen], self.device)
         whole_rows = for_graph and self._needs_whole_rows
         num_slots = self.rows.keys[0].shape[1] if whole_rows else self.block_size + max(visible)
         mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
@@ -207,13 +208,6 @@ class BlockDrafter:
             keys=self.rows.keys,
             values=self.rows.values,
         )
-
-    def _as_tensors(self, numbers: list[list[int]]) -> Sequence[Tensor]:
-        if self.device.type == "cpu":
-            return [torch.from_numpy(np.array(part, dtype=np.int64)) for part in numbers]
-        # One tensor and views of it: one copy to the device.
-        flat = torch.tensor([n for part in numbers for n in part], device=self.device)
-        return flat.split([len(part) for part in numbers])
 
     def _run(self, step: Step, noise: Tensor) -> Outputs:
         """A whole step; tensors only, so that it can be one graph."""
@@ -283,7 +277,7 @@ class BlockDrafter:
         for k in range(self.length):
             bias, e, state = head.step(previous, hidden[:, k], state)
             previous, law = rule.draft(base[:, k] if bias is None else base[:, k] + bias.float(), requests, paths)
-            paths = [[*path, token] for path, token in zip(paths, previous.tolist(), strict=True)]
+            paths = extended(paths, previous, requests)
             drawn.append(previous)
             embedded.append(e)
             if law is not None:

@@ -53,9 +53,11 @@ class DraftModelDrafter:
         The nodes before are read again: only within one span can a token leave out what is no ancestor of it.
         """
         spans = []
-        for b, request in enumerate(growth.requests):
-            growth.tokens[b] += tokens[b].tolist()
-            growth.parents[b] += parents[b].tolist()
+        for b, (request, new) in enumerate(
+            zip(growth.requests, torch.stack([tokens, parents], 1).tolist(), strict=True)
+        ):
+            growth.tokens[b] += new[0]
+            growth.parents[b] += new[1]
             spans.append(
                 Span(request.id, len(request.tokens), growth.tokens[b], growth.parents[b], num_logits=tokens.shape[1])
             )

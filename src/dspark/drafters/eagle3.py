@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.eagle3_model import Eagle3Model
 from dspark.errors import InvalidConfiguration
+from dspark.sampling import extended
+from dspark.transfer import columns_on_device
 from dspark.types import Draft, Request, Rule
 
 
@@ -25,7 +28,7 @@ class Growth:
 
     rows [B]                  the requests' rows in the cache
     starts [B]                position of the first node's row: the anchor's
-    visible [B]               context slots of each request
+    visible [B]               context slots of each request; most_visible is the largest, which the host must know
     hidden [B, 1 + n, H]      the layer's output where the anchor was read, then at every node
     depth [B, n]              0 for nodes right after the anchor
     ancestors [B, n, n]       node j is an ancestor of node i, or is i
@@ -34,6 +37,7 @@ class Growth:
     rows: Tensor
     starts: Tensor
     visible: Tensor
+    most_visible: int
     hidden: Tensor
     depth: Tensor
     ancestors: Tensor
@@ -86,7 +90,7 @@ class Eagle3Drafter:
         for k in range(self.length):
             if noise is None:
                 tokens, law = rule.draft(logits, asked, paths)
-                paths = [[*path, token] for path, token in zip(paths, tokens.tolist(), strict=True)]
+                paths = extended(paths, tokens, asked)
                 laws += [] if law is None else [law]
             else:
                 tokens = (logits + noise[:, min(k, noise.shape[1] - 1)]).argmax(-1)
@@ -113,21 +117,29 @@ class Eagle3Drafter:
         count = sum(map(len, runs))
         # Row i pairs position i with the token after it.
         flat = [r.tokens[i + 1] for r, run in zip(requests, runs, strict=True) for i in run]
-        numbers = torch.tensor([flat, [p for run in runs for p in run], rows[:count], slots[:count]]).to(self.device)
-        tokens, positions, where = numbers[0], numbers[1], (numbers[2], numbers[3])
+        most_visible = max(self.rows.num_visible(i) for i in ids)
+        numbers = [
+            flat,
+            [p for run in runs for p in run],
+            rows[:count],
+            slots[:count],
+            [end - 1 for end in accumulate(map(len, runs))],
+            [self.rows.num_visible(i) for i in ids],
+            [self.rows.row(i) for i in ids],
+        ]
+        tokens, positions, *where, last, visible, own = columns_on_device(numbers, self.device)
         x = self.model.fc(torch.cat(pieces).to(self.dtype))
         inputs = layer.inputs(self._embed(tokens), x)
         rotary = self.model.rotary(positions, self.dtype)
         key, value = layer.self_attn.key_value(inputs, rotary)
-        self.rows.keys[0][where], self.rows.values[0][where] = key, value
+        self.rows.keys[0][tuple(where)], self.rows.values[0][tuple(where)] = key, value
         # A single layer: only the last row's attention is ever asked for.
-        last = torch.tensor([len(run) for run in runs], device=self.device).cumsum(0) - 1
-        visible = torch.tensor([self.rows.num_visible(i) for i in ids], device=self.device)
         none = torch.zeros(len(ids), 0, dtype=torch.long, device=self.device)
         growth = Growth(
-            rows=torch.tensor([self.rows.row(i) for i in ids], device=self.device),
+            rows=own,
             starts=positions[last] + 1,
             visible=visible,
+            most_visible=most_visible,
             hidden=x.new_zeros(len(ids), 0, x.shape[-1]),
             depth=none,
             ancestors=torch.zeros(len(ids), 0, 0, dtype=torch.bool, device=self.device),
@@ -173,7 +185,7 @@ class Eagle3Drafter:
     def _attend(self, growth: Growth, query: Tensor, seen: Tensor) -> Tensor:
         """query [B, M, heads, D] over the context and the nodes in seen [B, M, n] -> [B, M, heads * D]."""
         num_scratch = self.rows.block_size
-        num_slots = num_scratch + int(growth.visible.max())
+        num_slots = num_scratch + growth.most_visible
         slots = torch.arange(num_slots, device=query.device)
         is_context = (slots >= num_scratch) & (slots < num_scratch + growth.visible[:, None])
         mask = is_context[:, None].repeat(1, query.shape[1], 1)

@@ -98,10 +98,7 @@ class TreeDrafter:
             score, best = last.score.topk(self.width)
             read = last.tokens.gather(1, best)
             logits = self.grower.grow(growth, read, last.above.gather(1, best))
-            paths = [
-                [[*paths[b][place // self.width], token] for place, token in zip(places, line, strict=True)]
-                for b, (places, line) in enumerate(zip(best.tolist(), read.tolist(), strict=True))
-            ]
+            paths = _extended(paths, best // self.width, read, asked)
             own, tokens = self._followers(rule, asked, logits, paths)
             numbers = num_read + torch.arange(self.width, device=best.device).expand_as(best)
             layers.append(
@@ -128,6 +125,17 @@ class TreeDrafter:
         likelihood = rule.outlook(logits.flatten(0, 1), owners, [path for ends in paths for path in ends])
         found = likelihood.unflatten(0, logits.shape[:2]).topk(self.width)
         return found.values, found.indices
+
+
+def _extended(
+    paths: list[list[list[int]]], parents: Tensor, tokens: Tensor, requests: Sequence[Request]
+) -> list[list[list[int]]]:
+    """Of each request the paths of M nodes: tokens, parents [B, M], the latter among `paths`. As sampling.extended has
+    it, who they are is asked by few."""
+    if tokens.device.type != "cpu" and not any(r.looks_back for r in requests):
+        return [[[*ends[0], 0]] * tokens.shape[1] for ends in paths]
+    numbers = torch.stack([parents, tokens], 2).tolist()
+    return [[[*ends[b], token] for b, token in row] for ends, row in zip(paths, numbers, strict=True)]
 
 
 def _likeliest(layers: list[Layer], size: int) -> Draft:

@@ -10,6 +10,7 @@ import torch
 
 from dspark.budget.guard import Guard
 from dspark.target.target import Target
+from dspark.transfer import together_on_device
 from dspark.types import Draft, Drafter, Request, Rule, StepRecord
 
 log = logging.getLogger(__name__)
@@ -171,8 +172,8 @@ def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
     if draft.probs is not None:
         if draft.probs.shape != (*tokens.shape, vocab_size):
             return f"probs {list(draft.probs.shape)} beside tokens {list(tokens.shape)} and {vocab_size} token ids"
-        rows = tokens.long().clamp(0, vocab_size - 1).to(draft.probs.device)[..., None]
-        drawn = draft.probs.gather(2, rows)[..., 0].cpu().numpy()
+        (rows,) = together_on_device((tokens.long().clamp(0, vocab_size - 1),), draft.probs.device)
+        drawn = draft.probs.gather(2, rows[..., None])[..., 0].cpu().numpy()
         if (~(drawn > 0) & is_real).any():
             return "a draft token that its own law excludes"
     return None

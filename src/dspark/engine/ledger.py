@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dspark.engine.batcher import Batcher
@@ -12,6 +11,7 @@ from dspark.engine.drafting import Drafting
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.sampling import token_logprobs
 from dspark.target.target import Extension, Target
+from dspark.transfer import on_device
 from dspark.types import Draft, Request, Round, Span, StepRecord, Verdict
 
 
@@ -61,7 +61,7 @@ class Ledger:
             chosen = [*range(num_prompt + 1), *(num_prompt + 1 + i for i in path)]
             drafted = [span.tokens[num_prompt + 1 + i] for i in path]
             if request.params.logprobs is not None:
-                rows = torch.tensor([first_row, *(first_row + 1 + i for i in path)], device=out.logits.device)
+                rows = on_device([first_row, *(first_row + 1 + i for i in path)], out.logits.device)
                 new = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
                 request.logprobs += new
             if request.generated:
@@ -101,7 +101,7 @@ class Ledger:
             if chosen[-1] == len(chosen) - 1:  # a run
                 own = features[first_token : first_token + len(chosen)]
             else:
-                own = features[first_token + torch.tensor(chosen, device=features.device)]
+                own = features[on_device([first_token + place for place in chosen], features.device)]
             self.drafting.keep_features(request, own)
             if self.prefixes is not None:
                 self.prefixes.note(request, own)

@@ -84,6 +84,8 @@ class CompiledForward:
             logits, features = self._graphs[kind](**arrays, pairs=pairs)
         else:
             self._graphs[kind] = self._compile(kind)
+            # Inputs of their own: a graph should know nothing of the buffer that they came over in.
+            arrays = {name: None if array is None else array.clone() for name, array in arrays.items()}
             _mark_sizes(kind, arrays, pairs)
             with frozen_weights(plan.write.device):
                 logits, features = self._graphs[kind](**arrays, pairs=pairs)

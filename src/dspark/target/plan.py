@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dspark.errors import InvalidConfiguration
 from dspark.target.kv_cache import KVCache
+from dspark.transfer import together_on_device
 from dspark.types import Span
 
 SHORT = 16  # spans up to this many tokens are padded to a common length and attended in one batch
@@ -187,22 +189,32 @@ def make_plan(
     spans: Sequence[Span],
     inputs: Inputs,
     cache: KVCache,
-    device: torch.device,
-    graph_device: torch.device | None = None,
+    for_graph: bool = False,
 ) -> Plan:
-    """graph_device: a graph that reads its inputs there will run this if it can, so leave nothing out that it takes."""
-    is_short = len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
-    for_graph = graph_device is not None and is_short
-    if graph_device is not None and is_short:
-        device = graph_device
-    groups = [_plan_group(spans, inputs, members, cache, device, for_graph) for members in inputs.groups]
+    """The plan on the host. for_graph: a graph will run this if it can, so leave nothing out that it takes."""
+    for_graph = for_graph and len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
+    groups = [_plan_group(spans, inputs, members, cache, for_graph) for members in inputs.groups]
     is_for_graph = for_graph and groups[0].slots.shape[1] > 1
-    return Plan(torch.from_numpy(inputs.write).to(device), groups, is_for_graph)
+    return Plan(torch.from_numpy(inputs.write), groups, is_for_graph)
 
 
-def _plan_group(
-    spans: Sequence[Span], inputs: Inputs, members: list[int], cache: KVCache, device: torch.device, for_graph: bool
-) -> Group:
+def move(plan: Plan, arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Bring a plan to the device, and with it arrays as tensors: all in one copy."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    places: list[tuple[Any, str]] = [(plan, "write")]
+    for group in plan.groups:
+        places += [(group, name) for name in ("slots", "rows", "back", "tokens")]
+        places += [(group.visibility, name) for name in ("starts", "positions", "inside")]
+    places = [(owner, name) for owner, name in places if getattr(owner, name) is not None]
+    moved = together_on_device([*tensors, *(getattr(owner, name) for owner, name in places)], device)
+    for (owner, name), tensor in zip(places, moved[len(tensors) :], strict=True):
+        setattr(owner, name, tensor)
+    return moved[: len(tensors)]
+
+
+def _plan_group(spans: Sequence[Span], inputs: Inputs, members: list[int], cache: KVCache, for_graph: bool) -> Group:
     starts = np.array([spans[b].start for b in members])
     sizes = np.array([len(spans[b].tokens) for b in members])
     is_alone = len(members) == 1
@@ -217,19 +229,16 @@ def _plan_group(
     in_order = bool(is_real.all()) and (is_alone or not for_graph)
     is_chain = all(spans[b].parents is None and not spans[b].is_block for b in members)
 
-    def to(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
     needs_inside = not is_chain or (for_graph and num_queries > 1)
     inside = None
     if needs_inside:
-        inside = to(_chains(is_real) if is_chain else _inside(spans, members, num_queries))
+        inside = torch.from_numpy(_chains(is_real) if is_chain else _inside(spans, members, num_queries))
     return Group(
-        slots=to(_slots(spans, members, starts, sizes, num_keys, cache)),
-        visibility=Visibility(to(starts), to(inputs.positions[rows]), inside, num_keys),
-        rows=None if covers_all and in_order else to(rows),
-        back=None if in_order else to(np.flatnonzero(is_real)),
-        tokens=None if covers_all else to(rows[is_real]),
+        slots=torch.from_numpy(_slots(spans, members, starts, sizes, num_keys, cache)),
+        visibility=Visibility(torch.from_numpy(starts), torch.from_numpy(inputs.positions[rows]), inside, num_keys),
+        rows=None if covers_all and in_order else torch.from_numpy(rows),
+        back=None if in_order else torch.from_numpy(np.flatnonzero(is_real)),
+        tokens=None if covers_all else torch.from_numpy(rows[is_real]),
         sees_all=is_alone and (num_queries == 1 or spans[members[0]].is_block),
         is_causal=is_alone and is_chain and starts[0] == 0 and num_queries > 1,
     )

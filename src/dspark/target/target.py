@@ -20,7 +20,7 @@ from dspark.target.captured import CapturedForward, GraphRecorder, Outputs, Reco
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
-from dspark.target.plan import Plan, in_short_pieces, make_plan, read_spans
+from dspark.target.plan import Plan, in_short_pieces, make_plan, move, read_spans
 from dspark.types import Span
 
 _log = logging.getLogger(__name__)
@@ -117,16 +117,13 @@ class Target:
             pieces = in_short_pieces(spans) if self.is_deterministic else spans
             inputs = read_spans(pieces, write)
             compiled = self._compiled.get(feature_layers)
-            reads_on = None if compiled is None else compiled.reads_on
-            plan = make_plan(pieces, inputs, self.cache, self.device, reads_on)
-            run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
-            if compiled is not None and compiled.takes(plan, len(inputs.logit_rows)):
-                run = compiled
-            elif plan.write.device != self.device:
-                plan = make_plan(pieces, inputs, self.cache, self.device)
+            plan = make_plan(pieces, inputs, self.cache, for_graph=compiled is not None)
             plan.in_fixed_order = self.is_deterministic
-            arrays = (inputs.token_ids, inputs.positions, inputs.logit_rows)
-            return Extension(*run(*(torch.from_numpy(array).to(plan.write.device) for array in arrays), plan))
+            run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
+            place = self.device
+            if compiled is not None and compiled.takes(plan, len(inputs.logit_rows)):
+                run, place = compiled, compiled.reads_on
+            return Extension(*run(*move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place), plan))
         except BaseException:
             for span in spans:
                 self.cache.keep(span.request_id, span.start, ())

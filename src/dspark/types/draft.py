@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark.transfer import on_device, together_on_host
+
 
 @dataclass
 class Draft:
@@ -33,9 +35,10 @@ class Draft:
 
     def on_host(self) -> Draft:
         """The same with everything that the host decides on in its memory; the laws stay where they are."""
-        confidence = None if self.confidence is None else self.confidence.float().cpu()
-        parents = None if self.parents is None else self.parents.cpu()
-        return Draft(self.tokens.cpu(), self.sizes.cpu(), confidence, parents, self.probs)
+        confidence = None if self.confidence is None else self.confidence.float()
+        tokens, sizes, confidence, parents = together_on_host((self.tokens, self.sizes, confidence, self.parents))
+        assert tokens is not None and sizes is not None
+        return Draft(tokens, sizes, confidence, parents, self.probs)
 
     def among(self, rows: Sequence[int], num_requests: int) -> Draft:
         """The same proposals as `rows` of a batch of num_requests; the other requests have none."""
@@ -46,7 +49,7 @@ class Draft:
             if values is None:
                 return None
             out = values.new_zeros(num_requests, *values.shape[1:])
-            out[list(rows)] = values
+            out[on_device(list(rows), values.device, torch.long)] = values
             return out
 
         tokens, sizes = spread(self.tokens), spread(self.sizes)

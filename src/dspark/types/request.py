@@ -70,6 +70,11 @@ class Request:
         return self.tokens[self.num_cached :]
 
     @property
+    def looks_back(self) -> bool:
+        """Whether the law at a position depends on the very tokens before it, beyond what a model makes of them."""
+        return self.params.penalises or self.matcher is not None
+
+    @property
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt_tokens :]
 

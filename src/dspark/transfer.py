@@ -1,0 +1,57 @@
+"""Numbers between host and device: in one copy where there could be several, and without waiting where nobody must.
+
+Whatever comes to the host, and whatever goes over from memory that is not pinned, waits until the device has done all
+that it was told before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNED = 64  # bytes: kernels read addresses that are less even more slowly
+
+
+def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor there. Nobody waits."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def columns_on_device(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
+    """Several lists of integers, of any lengths, as tensors there: one copy, and nobody waits."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.array(column, dtype=np.int64)) for column in columns]
+    flat = on_device([number for column in columns for number in column], device, torch.int64)
+    return flat.split([len(column) for column in columns])
+
+
+def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the host there: one copy, and nobody waits. On CPU the very same."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    *starts, total = accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0)
+    on_host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    for tensor, place in zip(tensors, places, strict=True):
+        on_host[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    there = on_host.to(device, non_blocking=True)
+    return [there[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places, strict=True)]
+
+
+def together_on_host(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same in the host's memory, which waits for them once. What lies there already stays itself."""
+    # The widest first: a tensor must begin at a multiple of its numbers' size.
+    far = sorted((x for x in tensors if x is not None and x.device.type == "cuda"), key=lambda x: -x.element_size())
+    if len(far) < 2:
+        return [None if x is None else x.cpu() for x in tensors]
+    flat = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in far]).cpu()
+    pieces = flat.split([x.numel() * x.element_size() for x in far])
+    near = {id(x): piece.view(x.dtype).view(x.shape) for x, piece in zip(far, pieces, strict=True)}
+    return [None if x is None else near.get(id(x), x) for x in tensors]

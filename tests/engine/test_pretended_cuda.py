@@ -1,0 +1,144 @@
+"""On a device the engine writes the same, mixes no devices, and waits only where the host must know: tests/pretend_cuda.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspark import sampling
+from dspark.drafters.loading import load_drafter
+from dspark.engine.engine import Engine
+from dspark.target import Target, kernels
+from dspark.target.loading import load_target
+from dspark.types import SamplingParams
+from pretend_cuda import DEVICE, Ledger, pretend_cuda
+from target.tape import RunAgain
+
+PROMPTS = [[*range(5, 24)], [30, 31], [40, 41, 42, 43, 44, 45], [7] * 9, [50, 60, 70], [*range(80, 90)]]
+
+
+class EveryOther:
+    """A grammar: even and odd token ids take turns."""
+
+    text = "every other"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def matcher(self) -> EveryOther:
+        return self
+
+    def allowed(self, tokens: Any) -> Tensor:
+        return torch.arange(self.vocab_size) % 2 == len(tokens) % 2
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return load_target("tiny", dtype="float32", device="cpu", check=False)
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Iterator[Ledger]:
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch) as ledger:
+        patch.setattr(kernels, "load_triton", lambda: False)
+        patch.setattr(sampling, "_fused_draw", lambda: None)
+        yield ledger
+
+
+@pytest.fixture(scope="module")
+def there(ledger: Ledger) -> Target:
+    return load_target("tiny", dtype="float32", device=DEVICE, check=False)
+
+
+def all_params(target: Target) -> list[SamplingParams]:
+    ways: list[dict[str, Any]] = [
+        dict(temperature=0.0, logprobs=2),
+        dict(temperature=1.0),
+        dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02),
+        dict(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
+        dict(logit_bias={3: 2.0, 5: -4.0}),
+        dict(temperature=0.7, grammar=EveryOther(target.vocab_size)),
+    ]
+    return [SamplingParams(**way, max_tokens=6, seed=i, ignore_eos=True) for i, way in enumerate(ways)]
+
+
+def texts(target: Target, drafter: str, rule: str, options: dict[str, Any]) -> tuple[list[list[int]], int]:
+    """Of requests that differ in every parameter, and how often one had to make room for the others."""
+    records: list[Any] = []
+    engine = Engine(
+        target,
+        load_drafter(drafter, target, **options),
+        "fixed:4",
+        rule,
+        max_num_batched_tokens=16,
+        num_slots=52,
+        prefix_tokens=32,
+        observers=[records.append],
+    )
+    generations = engine.generate(PROMPTS, all_params(target))
+    return [g.token_ids for g in generations], sum(record.num_preempted for record in records)
+
+
+@pytest.fixture(scope="module")
+def plain(target: Target) -> list[list[int]]:
+    return texts(target, "none", "coupled", {})[0]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options"),
+    [
+        ("dspark", {}),
+        ("dspark", dict(tree=6, width=2)),
+        ("eagle3", dict(window=8, length=3)),
+        ("draft", dict(length=2)),
+    ],
+)
+def test_texts_are_those_of_the_cpu(
+    plain: list[list[int]], there: Target, drafter: str, options: dict[str, Any]
+) -> None:
+    found, num_preempted = texts(there, drafter, "coupled", options)
+    assert found == plain
+    assert num_preempted > 0 or options
+
+
+def test_texts_of_the_rejection_rule_are_those_of_the_cpu(target: Target, there: Target) -> None:
+    found, expected = (texts(place, "self", "rejection", dict(num_layers=2, length=2)) for place in (there, target))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options", "allowed"),
+    [
+        ("none", {}, {"verify.py": 1}),
+        ("dspark", {}, {"types/draft.py": 1, "verify.py": 1}),
+        ("dspark", dict(tree=8, width=2), {"types/draft.py": 1, "verify.py": 1}),
+        ("eagle3", {}, {"types/draft.py": 1, "verify.py": 1}),
+    ],
+)
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_what_a_step_copies(
+    there: Target, ledger: Ledger, drafter: str, options: dict[str, Any], allowed: dict[str, int], is_recorded: bool
+) -> None:
+    """Tokens and confidences come to the host, a few hundred bytes; nothing else makes it wait."""
+    for request in there.cache.request_ids:
+        there.release(request)
+    there._compiled.clear()
+    engine = Engine(there, load_drafter(drafter, there, **options), "fixed:4", num_slots=1024)
+    if is_recorded:
+        there.capture(RunAgain(), engine.drafter.feature_layers)
+    for prompt in PROMPTS[:3]:
+        engine.submit(prompt, SamplingParams(0.0 if is_recorded else 0.8, max_tokens=40, seed=0, ignore_eos=True))
+    engine.step()
+    for _ in range(2):
+        ledger.copies.clear()
+        engine.step()
+        waits = ledger.of("to host", "to device", "wait")
+        assert Counter(copy.line.partition(":")[0] for copy in waits) == allowed, waits
+        assert sum(copy.num_bytes for copy in waits) < 1024
+        assert len(ledger.of("queued")) <= 8
+    ledger.settle()
