@@ -16,6 +16,7 @@ from dspark import load_drafter
 from dspark.checkpoints import describe, load_block_drafter, open_checkpoint, save_drafter
 from dspark.checkpoints.convert import convert
 from dspark.checkpoints.dialects import DrafterModel
+from dspark.checkpoints.prompt_format import NOTED
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
@@ -132,6 +133,14 @@ def test_a_converted_drafter_drafts_the_same(config: Any, tmp_path: Path, target
         engine.generate(prompts, params)
         rounds.append([draft.tokens.tolist() for draft in proposed])
     assert rounds[0] == rounds[1]
+
+
+@pytest.mark.parametrize("to", ["dspark", "deepspec", "speculators", "specforge"])
+def test_what_was_noted_of_tokens_and_template_comes_along(to: str, tmp_path: Path, target: Target) -> None:
+    noted = {key: f"some {key}" for key in NOTED}
+    save_drafter(make(DSPARK), tmp_path / "d", torch.float32, **noted)
+    converted = open_checkpoint(str(step(tmp_path / "d", to, target))).config
+    assert {key: converted.get(key) for key in NOTED} == noted
 
 
 def test_what_vllm_expects_of_a_block_drafter(tmp_path: Path, target: Target) -> None:

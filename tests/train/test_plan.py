@@ -6,11 +6,12 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoTokenizer, Gemma4TextConfig, GPT2Config, LlamaConfig
 
 from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.errors import CheckpointError, InvalidConfiguration
@@ -140,6 +141,9 @@ def test_every_family_has_a_shape() -> None:
     gpt2 = shape_of(GPT2Config(n_embd=48, n_layer=5, n_head=4, vocab_size=99))
     assert (gpt2["hidden_size"], gpt2["intermediate_size"], gpt2["num_target_layers"]) == (48, 192, 5)
     assert make_config({"mask_token_id": 3}, gpt2, None, "here")[1].num_key_value_heads == 4
+    layer_types = ["sliding_attention", "full_attention"]
+    gemma4 = shape_of(Gemma4TextConfig(head_dim=8, global_head_dim=16, num_hidden_layers=2, layer_types=layer_types))
+    assert gemma4["head_dim"] == 16  # its layers differ: the rotation is taken from full attention, too
 
 
 def test_feature_layers_are_those_of_the_released_drafters() -> None:
@@ -152,6 +156,7 @@ def test_feature_layers_are_those_of_the_released_drafters() -> None:
 def test_the_mask_token_is_one_that_no_text_contains(target_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
     assert find_mask_token(tokenizer, 300, "here") == 3
+    assert find_mask_token(SimpleNamespace(mask_token_id=None, get_vocab=lambda: {"a": 0, "z": 2}), 3, "here") == 1
     tokenizer.mask_token = None
     assert find_mask_token(tokenizer, 320, "here") == 300  # the first one past the tokenizer
     with pytest.raises(InvalidConfiguration, match="expected mask_token_id"):

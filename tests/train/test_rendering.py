@@ -76,6 +76,11 @@ def test_the_answers_and_what_ends_them_and_nothing_else(template: str, expected
     assert learned(renderer(template), TURNS) == expected
 
 
+def test_of_an_answer_that_comes_first_nothing_before_it() -> None:
+    first = ({"role": "assistant", "content": "Hello."}, *TURNS)
+    assert learned(renderer(CHATML), first)[0] == "Hello.<|im_end|>"
+
+
 def test_no_token_that_reaches_into_the_answer_from_before_it() -> None:
     own = renderer(PLAIN_ENDS)
     first, second = learned(own, TURNS)

@@ -24,6 +24,7 @@ from dspark.checkpoints.drafter import (
 )
 from dspark.checkpoints.exports import HEAD, WRITERS, Drafter
 from dspark.checkpoints.folder import Checkpoint
+from dspark.checkpoints.prompt_format import NOTED
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.target import Target
 
@@ -65,7 +66,8 @@ def convert(
     architecture = None if target is None else type(target.model).__name__
     verifier_name = verifier or (None if target is None else target.name)
     values, written = WRITERS[to](Drafter(source.name, config, tensors, own, (verifier_name, architecture)))
-    write_checkpoint(out, values, written)
+    noted = {key: source.config[key] for key in NOTED if key in source.config}  # for us: other stacks do not ask
+    write_checkpoint(out, {**values, **noted}, written)
     before, after = set(source.tensors), set(written)
     return Conversion(
         written_by=str(dialect(source.config)),

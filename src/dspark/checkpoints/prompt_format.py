@@ -13,6 +13,8 @@ from typing import Any
 
 from dspark.target.target import Target
 
+NOTED = ("tokenizer_sha256", "template_sha256", "system_prompt_sha256")  # keys of config.json
+
 
 def fingerprint(value: Any) -> str:
     """SHA-256 of a value's JSON."""

@@ -57,15 +57,17 @@ def make_config(table: Mapping[str, Any], shape: Mapping[str, Any], tokenizer: A
 
 def shape_of(config: Any) -> dict[str, Any]:
     """What a drafter takes over from its target's text config, by the names every family answers to."""
-    hidden_size, heads = int(config.hidden_size), int(config.num_attention_heads)
+    layers = getattr(config, "per_layer_config", None)
+    layer = layers[-1] if layers else config  # where layers differ (Gemma 4) the last one, which sees everything
+    hidden_size, heads = int(config.hidden_size), int(layer.num_attention_heads)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope
-    head_dim = getattr(config, "head_dim", None) or hidden_size // heads
+    head_dim = getattr(layer, "head_dim", None) or hidden_size // heads
     shape = {
         "hidden_size": hidden_size,
-        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * hidden_size,
+        "intermediate_size": getattr(layer, "intermediate_size", None) or 4 * hidden_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
         "head_dim": int(head_dim),
         "vocab_size": int(config.vocab_size),
         "num_target_layers": int(config.num_hidden_layers),
@@ -89,11 +91,13 @@ def spread_layers(num_layers: int) -> list[int]:
 def find_mask_token(tokenizer: Any, vocab_size: int, where: str) -> int:
     """A token that no text contains: the tokenizer's mask, the first id it does not know, or one it keeps unused."""
     own = getattr(tokenizer, "mask_token_id", None)
-    if own is not None:
+    if own is not None and own < vocab_size:
         return int(own)
     if tokenizer is not None:
-        if len(tokenizer) < vocab_size:
-            return len(tokenizer)
+        known = {*tokenizer.get_vocab().values()}  # ids may leave gaps
+        unknown = next((token_id for token_id in range(vocab_size) if token_id not in known), None)
+        if unknown is not None:
+            return unknown
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
             if _NEVER_TEXT.search(str(token)):
                 return int(token_id)

@@ -106,8 +106,10 @@ class Renderer:
         for index, message in enumerate(messages):
             content = message["content"].strip()
             if message["role"] == "assistant" and content:
-                asked = self._characters(messages[:index], add_generation_prompt=True) if index else ""
-                opening = len(asked) if whole.startswith(asked) and len(asked) >= cursor else None
+                # Nobody asks for an answer that comes first: what stands before it is the template's.
+                asked = self._characters(messages[:index], add_generation_prompt=True) if index else None
+                is_start = asked is not None and whole.startswith(asked) and len(asked) >= cursor
+                opening = len(asked) if asked is not None and is_start else None
                 begin = whole.find(content, cursor if opening is None else opening)
                 if begin < 0 and "</think>" in content:  # templates drop the thoughts of earlier turns
                     content = content.rpartition("</think>")[2].strip()
