@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.sampling import KeyedDraws
-from dspark.types import Draft, Request, SamplingParams
+from dspark.types import Draft, Drafter, Request, SamplingParams
 from dspark.verify import Coupled, Rejection
 
 VOCAB, HIDDEN, BLOCK = 48, 32, 5
@@ -34,20 +34,12 @@ CONFIG = BlockConfig(
 DFLASH = dataclasses.replace(CONFIG, markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False)
 
 
-class Pair:
-    """A random drafter, its target's embedding and head, and the features of any number of requests."""
+class FedByHand:
+    """A drafter under test, and the features of any number of requests, handed to it as the engine does."""
 
-    def __init__(self, config: BlockConfig = CONFIG, **options: int | None) -> None:
-        torch.manual_seed(0)
-        self.model = BlockModel(config).double().eval()
-        for parameter in self.model.parameters():  # larger than at the start of training, so that everything matters
-            nn.init.normal_(parameter, std=0.5)
-        self.embed = nn.Embedding(VOCAB, HIDDEN).double()
-        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False).double()
-        self.drafter = BlockDrafter(self.model, self.embed, self.lm_head, **options)
-        self.draws = KeyedDraws(VOCAB)
-        self.all_features: dict[int, Tensor] = {}
-        self.requests: dict[int, Request] = {}
+    drafter: Drafter
+    draws: KeyedDraws
+    all_features: dict[int, Tensor]
 
     def request(self, id: int, num_tokens: int, **params: float) -> Request:
         tokens = torch.randint(2, VOCAB, (num_tokens,), generator=torch.Generator().manual_seed(id)).tolist()
@@ -67,6 +59,22 @@ class Pair:
 
     def propose(self, requests: list[Request], rule: Coupled | Rejection | None = None) -> Draft:
         return self.drafter.propose(requests, rule or Coupled(self.draws))
+
+
+class Pair(FedByHand):
+    """A random drafter, and its target's embedding and head."""
+
+    def __init__(self, config: BlockConfig = CONFIG, **options: int | None) -> None:
+        torch.manual_seed(0)
+        self.model = BlockModel(config).double().eval()
+        for parameter in self.model.parameters():  # larger than at the start of training, so that everything matters
+            nn.init.normal_(parameter, std=0.5)
+        self.embed = nn.Embedding(VOCAB, HIDDEN).double()
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False).double()
+        self.drafter = BlockDrafter(self.model, self.embed, self.lm_head, **options)
+        self.draws = KeyedDraws(VOCAB)
+        self.all_features: dict[int, Tensor] = {}
+        self.requests: dict[int, Request] = {}
 
     def expected(self, request: Request, window: int | None = None) -> tuple[list[int], list[float]]:
         """tokens and confidence of one request by the formulas of the paper, from the state dict alone."""

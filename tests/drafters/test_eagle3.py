@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drafters.formulas import HIDDEN, VOCAB, FedByHand, rms, rotate
 from dspark.drafters.block_model import TraceBatch
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
@@ -16,7 +17,7 @@ from dspark.sampling import KeyedDraws
 from dspark.types import Draft, Request, SamplingParams
 from dspark.verify import Coupled, Rejection
 
-VOCAB, HIDDEN, LENGTH = 48, 32, 4
+LENGTH = 4
 
 CONFIG = Eagle3Config(
     hidden_size=HIDDEN,
@@ -34,8 +35,8 @@ REDUCED = dataclasses.replace(CONFIG, draft_vocab_size=20)
 KNOWN = torch.arange(3, VOCAB, 2)[:20]
 
 
-class Pair:
-    """A random drafter, its target's embedding and head, and the features of any number of requests."""
+class Pair(FedByHand):
+    """A random drafter, and its target's embedding and head."""
 
     def __init__(self, config: Eagle3Config = CONFIG, **options: int | None) -> None:
         torch.manual_seed(0)
@@ -53,25 +54,6 @@ class Pair:
         self.drafter = Eagle3Drafter(self.model, self.embed, head, **options)
         self.draws = KeyedDraws(VOCAB)
         self.all_features: dict[int, Tensor] = {}
-
-    def request(self, id: int, num_tokens: int, **params: float) -> Request:
-        tokens = torch.randint(2, VOCAB, (num_tokens,), generator=torch.Generator().manual_seed(id)).tolist()
-        request = Request(id, tokens, SamplingParams(**params), num_tokens, seed=100 + id, num_cached=num_tokens - 1)
-        self.all_features[id] = torch.randn(
-            200, 2 * HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + id)
-        )
-        request.features = self.all_features[id][: num_tokens - 1]
-        return request
-
-    def commit(self, request: Request, tokens: list[int], asked: bool = True) -> None:
-        """As the engine does after a step; without `asked` the drafter has not seen the features that were there."""
-        start = request.num_cached if asked else request.features_start
-        request.tokens += tokens
-        request.num_cached = len(request.tokens) - 1
-        request.features_start, request.features = start, self.all_features[request.id][start : request.num_cached]
-
-    def propose(self, requests: list[Request], rule: Coupled | Rejection | None = None) -> Draft:
-        return self.drafter.propose(requests, rule or Coupled(self.draws))
 
     def expected(self, request: Request, window: int | None = None) -> list[int]:
         """The draft of one request by the formulas alone."""
@@ -115,18 +97,6 @@ class Pair:
         if config.draft_vocab_size:
             logits[[t for t in range(VOCAB) if t not in KNOWN]] = float("-inf")
         return logits
-
-
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def rotate(x: Tensor, position: int) -> Tensor:
-    """x [heads, D]: pairs (i, i + D/2) turned by position * theta^(-2i/D), as complex numbers."""
-    half = x.shape[-1] // 2
-    angle = position * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], -1)
 
 
 def assert_as_expected(pair: Pair, requests: list[Request], draft: Draft, window: int | None = None) -> None:

@@ -19,7 +19,7 @@ from dspark.cli.terminal import progress, say
 from dspark.errors import InvalidConfiguration, InvalidRequest
 
 if TYPE_CHECKING:
-    from dspark.budget.calibration import Calibration, Outcomes
+    from dspark.budget.calibration import Calibration, Origin, Outcomes
     from dspark.budget.reliability import Interval, Report
     from dspark.target.target import Target
     from dspark.types import Drafter
@@ -68,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    from dspark.budget.calibration import Origin, fingerprint, fit_affine, fit_temperatures, split, with_bias
-    from dspark.budget.reliability import report
+    from dspark.budget.calibration import fit_affine, fit_temperatures, split, with_bias
 
     set_threads(args)
     with progress(f"loading {args.target}", args.no_color):
@@ -87,47 +86,22 @@ def run(args: argparse.Namespace) -> int:
         "sts": fit_temperatures(fitting),
         "affine": fit_affine(fitting),
     }
-
-    def judge(outcomes: Outcomes) -> dict[str, Report]:
-        believed = {name: c.apply(outcomes.confidence) if c else outcomes.confidence for name, c in fitted.items()}
-        return {
-            name: report(b.cumprod(1), outcomes.survived, outcomes.known, outcomes.prompts)
-            for name, b in believed.items()
-        }
-
-    judged = {"held out": judge(held_out)}
+    judged = {"held out": _judge(fitted, held_out)}
     domains = sorted(set(held_out.domains))
-    judged |= {domain: judge(held_out.of_domain(domain)) for domain in domains if len(domains) > 1}
+    judged |= {domain: _judge(fitted, held_out.of_domain(domain)) for domain in domains if len(domains) > 1}
     if args.shifted:
         others = with_bias(_collect(args, args.shifted, max(2, args.prompts // 3), target, drafter), bias)
-        judged["shifted"] = judge(others)
-        judged |= {f"shifted {d}": judge(others.of_domain(d)) for d in sorted(set(others.domains))}
+        judged["shifted"] = _judge(fitted, others)
+        judged |= {f"shifted {d}": _judge(fitted, others.of_domain(d)) for d in sorted(set(others.domains))}
     if bias and not args.dry_run:
         _correct_head(folder, bias)
-
-    def stored(name: str) -> Calibration:
-        calibration, before, after = fitted[name], judged["held out"]["raw"], judged["held out"][name]
-        assert calibration is not None
-        origin = Origin(
-            target=target.name,
-            drafter=args.drafter,
-            weights=fingerprint(drafter.folder),  # type: ignore[attr-defined]  # _folder has asked
-            temperature=args.temperature,
-            rule=args.rule,
-            labels="outcome",
-            method=name,
-            data=tuple(domains),
-            num_prompts=len(fitting.domains),
-            num_rounds=len(fitting.prompts),
-            num_held_out_prompts=len(held_out.domains),
-            num_held_out_rounds=len(held_out.prompts),
-            ece_before=tuple(round(r.ece.value, 4) for r in before.positions),
-            ece_after=tuple(round(r.ece.value, 4) for r in after.positions),
-            auc=tuple(round(r.auc.value, 4) for r in after.positions),
+    calibrations = {
+        name: dataclasses.replace(
+            fit, origin=_origin(args, name, target, drafter, fitting, held_out, judged["held out"])
         )
-        return dataclasses.replace(calibration, origin=origin)
-
-    calibrations = {name: stored(name) for name in ("sts", "affine")}
+        for name, fit in fitted.items()
+        if fit is not None
+    }
     written = [] if args.dry_run else _write(args, folder, calibrations, judged)
     if args.json:
         print(json.dumps(_as_json(calibrations, judged, written)))
@@ -137,6 +111,47 @@ def run(args: argparse.Namespace) -> int:
             f"{time.perf_counter() - started:.0f} s; " + (f"wrote {', '.join(written)}" if written else "wrote nothing")
         )
     return 0
+
+
+def _judge(fitted: dict[str, Calibration | None], outcomes: Outcomes) -> dict[str, Report]:
+    """How far each of them is off about these outcomes."""
+    from dspark.budget.reliability import report
+
+    believed = {name: c.apply(outcomes.confidence) if c else outcomes.confidence for name, c in fitted.items()}
+    return {
+        name: report(b.cumprod(1), outcomes.survived, outcomes.known, outcomes.prompts) for name, b in believed.items()
+    }
+
+
+def _origin(
+    args: argparse.Namespace,
+    method: str,
+    target: Target,
+    drafter: Drafter,
+    fitting: Outcomes,
+    held_out: Outcomes,
+    judged: dict[str, Report],
+) -> Origin:
+    from dspark.budget.calibration import Origin, fingerprint
+
+    before, after = judged["raw"], judged[method]
+    return Origin(
+        target=target.name,
+        drafter=args.drafter,
+        weights=fingerprint(drafter.folder),  # type: ignore[attr-defined]  # _folder has asked
+        temperature=args.temperature,
+        rule=args.rule,
+        labels="outcome",
+        method=method,
+        data=tuple(sorted(set(held_out.domains))),
+        num_prompts=len(fitting.domains),
+        num_rounds=len(fitting.prompts),
+        num_held_out_prompts=len(held_out.domains),
+        num_held_out_rounds=len(held_out.prompts),
+        ece_before=tuple(round(r.ece.value, 4) for r in before.positions),
+        ece_after=tuple(round(r.ece.value, 4) for r in after.positions),
+        auc=tuple(round(r.auc.value, 4) for r in after.positions),
+    )
 
 
 def _check(args: argparse.Namespace) -> None:

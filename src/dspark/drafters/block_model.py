@@ -25,6 +25,23 @@ from dspark.errors import CheckpointError
 from dspark.losses import Losses, LossWeights, block_losses, cut_blocks
 
 
+def shape_in(config: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What a drafter's config.json says of the fields of `kind`: keys of other purposes are left alone, missing ones named."""
+    values = {f.name: config[f.name] for f in dataclasses.fields(kind) if f.name in config}
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("full_attention", rope).get("rope_theta") or config.get("rope_theta")
+    if theta is not None:
+        values["rope_theta"] = float(theta)
+    if values.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise CheckpointError(
+            f"expected the keys {', '.join(missing)} in the drafter's config.json; they are not there"
+        )
+    return {**values, "target_layer_ids": tuple(values["target_layer_ids"])}
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """What config.json of a drafter says about its shape; names are DeepSpec's.
@@ -70,21 +87,8 @@ class BlockConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> BlockConfig:
-        """From config.json: keys of other purposes are left alone, missing ones are named."""
-        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-        rope = config.get("rope_parameters") or {}
-        theta = rope.get("full_attention", rope).get("rope_theta") or config.get("rope_theta")
-        if theta is not None:
-            values["rope_theta"] = float(theta)
-        if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
-            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise CheckpointError(
-                f"expected the keys {', '.join(missing)} in the drafter's config.json; they are not there"
-            )
-        values["target_layer_ids"] = tuple(values["target_layer_ids"])
-        return cls(**values)
+        """From config.json."""
+        return cls(**shape_in(config, cls))
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it: with architectures, and without the keys that DFlash lacks."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.block_model import Mlp, RMSNorm, Rotary, SelfAttention, TraceBatch
+from dspark.drafters.block_model import Mlp, RMSNorm, Rotary, SelfAttention, TraceBatch, shape_in
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.losses import Losses, LossWeights, block_losses, cut_blocks
 
@@ -84,21 +84,10 @@ class Eagle3Config:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Eagle3Config:
-        """From config.json: keys of other purposes are left alone, missing ones are named."""
-        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-        theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
-        if theta is not None:
-            values["rope_theta"] = float(theta)
-        if values.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
-            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        if values.get("draft_vocab_size") == values.get("vocab_size"):
-            values.pop("draft_vocab_size", None)
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise CheckpointError(
-                f"expected the keys {', '.join(missing)} in the drafter's config.json; they are not there"
-            )
-        values["target_layer_ids"] = tuple(values["target_layer_ids"])
+        """From config.json; a draft vocabulary that is the whole one is none."""
+        values = shape_in(config, cls)
+        if values.get("draft_vocab_size") == values["vocab_size"]:
+            del values["draft_vocab_size"]
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

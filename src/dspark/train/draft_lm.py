@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from dspark.losses import l1_and_cross_entropy
 from dspark.train.optim import RunningMean, make_optimizers, set_learning_rate, trapezoid
 from dspark.train.settings import read_recipe
+from dspark.train.target_lm import small_qwen3
 from dspark.train.texts import batches, pad, read_texts
 
 
@@ -50,27 +51,15 @@ class DraftSettings:
 
 def make_draft(target: Qwen3Config, settings: DraftSettings) -> Qwen3ForCausalLM:
     """A Qwen3 with the target's vocabulary, rotation and end tokens."""
-    config = Qwen3Config(
+    return small_qwen3(
+        settings,
         vocab_size=target.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
         max_position_embeddings=target.max_position_embeddings,
         rope_parameters=target.rope_parameters,
-        tie_word_embeddings=True,
         bos_token_id=target.bos_token_id,
         eos_token_id=target.eos_token_id,
         pad_token_id=target.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
-    for layer in model.model.layers:
-        nn.init.zeros_(layer.self_attn.o_proj.weight)
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-    model.generation_config = GenerationConfig(eos_token_id=target.eos_token_id, pad_token_id=target.pad_token_id)
-    return model
 
 
 def save_draft(model: Qwen3ForCausalLM, mean: RunningMean, target: Path, out: Path) -> None:

@@ -41,6 +41,16 @@ QWEN2_SPLIT = (  # one token per digit
 SHORTEST_PIECE = 9  # tokens; less teaches little but where documents end
 
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
 @dataclass(frozen=True)
 class TargetSettings:
     """Shape and training of the target.
@@ -161,27 +171,26 @@ def endless_rows(
 
 def make_target(tokenizer: PreTrainedTokenizerFast, settings: TargetSettings) -> Qwen3ForCausalLM:
     """A Qwen3 with tied embeddings whose blocks start as the identity."""
-    config = Qwen3Config(
+    return small_qwen3(
+        settings,
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
         max_position_embeddings=settings.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="eager",  # compiled, the faster one to train on a CPU
     )
-    model = Qwen3ForCausalLM(config)
+
+
+def small_qwen3(shape: Any, **others: Any) -> Qwen3ForCausalLM:
+    """A Qwen3 with the sizes that `shape` has, tied embeddings and blocks that start as the identity."""
+    sizes = {name: getattr(shape, name) for name in _SIZES}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True, **others))
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {name: others[name] for name in ("eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ends)
     return model
 
