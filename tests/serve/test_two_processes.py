@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cli.command import running_in_group
 from dspark.errors import DSparkError, EngineLost
+from dspark.serve.engine_end import EngineEnd
 from dspark.serve.engine_process import EngineProcess
+from dspark.serve.messages import received
 from serve import engines
 from serve.conftest import Served, in_two_processes
 from serve.test_storms import BODY, OTHERS, streamed, together, whole
@@ -182,6 +186,16 @@ def test_an_engine_that_is_stuck_is_said_to_be_until_it_goes_on(expected, tmp_pa
         health_becomes(503)
         os.kill(served.process.pid, signal.SIGCONT)
         health_becomes(200)
+
+
+def test_the_engine_waits_for_no_server_that_is_slow_to_hear():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(10)
+        end, messages = EngineEnd(theirs), [("step", number, bytes(2**16)) for number in range(50)]
+        for message in messages:
+            end.send(*message)
+        assert list(itertools.islice(received(ours), len(messages))) == messages
 
 
 @pytest.mark.parametrize(("make", "error"), [(engines.refusing, DSparkError), (engines.failing, EngineLost)])

@@ -58,11 +58,12 @@ def run_engine(line: socket.socket, make: Callable[..., Watched], arguments: Seq
 class EngineEnd:
     """One end of the line. The other is `engine_process.EngineProcess`, whose numbers name the requests here.
 
-    What takes longer than a moment is done beside the thread that hears: grammars on one thread, pages on another.
+    What takes longer than a moment is done beside the thread that hears: grammars on one thread, pages on another. A
+    third one sends: who wakes the server's process may have to leave it its core for a millisecond, and steps should not.
     """
 
     def __init__(self, line: socket.socket) -> None:
-        self._line, self._sending = line, threading.Lock()
+        self._line, self._sending = line, ThreadPoolExecutor(1, "dspark-sending")
         self._watched: Watched | None = None
         self._taking: dict[int, Future[dict[int, Request]]] = {}  # requests handed in and not ended, by number
         self._held: list[tuple[int, Delta, Any]] = []  # of the worker's thread
@@ -76,8 +77,11 @@ class EngineEnd:
         self.send("ready", self._worker.engine.intake, *limits)
 
     def send(self, *message: Any) -> None:
-        with self._sending, suppress(ConnectionError):  # the server has gone: `hear` notices
-            self._line.sendall(packed(message))
+        self._sending.submit(self._write, packed(message))
+
+    def _write(self, data: bytes) -> None:
+        with suppress(ConnectionError):  # the server has gone: `hear` notices
+            self._line.sendall(data)
 
     def hear(self) -> None:
         """Do what the server asks until it has gone."""
