@@ -64,7 +64,6 @@ class Machine(Capacity):
         super().__init__()
         self.base, self.per_token, self.knee, self.step = base, per_token, knee, step
         self.per_context, self.draft_share = per_context, draft_share
-        self.decoding.num_near = lambda size, requests: 9  # type: ignore[method-assign]
 
     def seconds(self, tokens: Any, requests: int, context_tokens: int, is_reading: bool = False) -> Any:
         rounded = self.step * np.ceil(np.asarray(tokens) / self.step)

@@ -25,6 +25,8 @@ from dspark.types import Draft, Request, Rule, Verdict
 
 
 class Coupled:
+    """Draft and target draw with the same noise: a draft token is accepted iff it is what the target commits there."""
+
     allows_anticipation = True
     reports_chances = False  # noise that draft and target share decides: there is nothing to know but what happened
 
@@ -79,6 +81,8 @@ class Coupled:
 
 
 class Rejection:
+    """The paper's rule: accept x with probability min(1, p/q), else draw from the residual (Leviathan et al. 2023)."""
+
     allows_anticipation = False
     reports_chances = False
 
@@ -166,6 +170,7 @@ class Tree:
         return self._children.get(node, [])
 
     def child(self, node: int, token: int) -> int | None:
+        """The kept draft token `token` after `node`; None: there is none."""
         for child in self._children.get(node, ()):
             if self.tokens[child] == token:
                 return child

@@ -71,10 +71,6 @@ def reference_features(target: Target, tokens: Sequence[int], layers: Sequence[i
 class Known(Capacity):
     """Costs that no clock decides."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoding.num_near = lambda size, requests: 9  # type: ignore[method-assign]
-
     def seconds(self, tokens: Any, requests: int, context_tokens: int, is_reading: bool = False) -> Any:
         return 1.0 + 0.1 * np.asarray(tokens)
 

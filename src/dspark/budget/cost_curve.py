@@ -71,10 +71,6 @@ class CostCurve:
     def is_known(self) -> bool:
         return self.num_observed > 0
 
-    def num_near(self, size: int, requests: int) -> int:
-        """How many of the last steps of about this size are remembered, at any context."""
-        return self._num_within(0, size, requests)
-
     def _num_within(self, distance: int, size: int, requests: int) -> int:
         here, many = _size_place(size), _request_place(requests)
         near = (p for (at, n, _), p in self._places.items() if n == many and abs(at - here) <= distance)

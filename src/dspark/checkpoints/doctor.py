@@ -84,6 +84,7 @@ class Measurement:
         return 1 + sum(rounds) / len(rounds)
 
     def is_clearly_better(self, than: Measurement) -> bool:
+        """Whether its lead is more than chance on these texts."""
         gain = self.accepted - than.accepted
         return float(gain.mean()) > _STANDARD_ERRORS * float(gain.std()) / len(gain) ** 0.5
 
@@ -100,10 +101,6 @@ class Diagnosis:
     @property
     def best(self) -> Measurement:
         return self.measurements[0]
-
-    @property
-    def of_claimed(self) -> Measurement:
-        return next(m for m in self.measurements if m.reading == self.claimed)
 
 
 def examine(checkpoint: Checkpoint, target: Target, texts: Sequence[tuple[list[int], int]]) -> Diagnosis:

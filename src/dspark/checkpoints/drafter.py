@@ -111,6 +111,7 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Map
 
 
 def read_config(checkpoint: Checkpoint) -> DrafterConfig:
+    """The drafter's shape from config.json, in the dialect of any stack. Raises CheckpointError."""
     config = canonical(checkpoint.config, checkpoint.name)
     try:
         read = MODELS[config["architectures"][0]][0].from_dict(config)

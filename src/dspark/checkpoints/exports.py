@@ -41,6 +41,7 @@ class Drafter:
     verifier: tuple[str | None, str | None]
 
     def need(self, tensor: str, why: str) -> Tensor:
+        """A tensor that the other stack stores; `why` begins the sentence that says it is missing."""
         if tensor not in self.tensors:
             raise CheckpointError(f"{self.name}: {why} {tensor}, and this file has none: name its target with --target")
         return self.tensors[tensor]

@@ -31,6 +31,7 @@ class TensorHeader:
 
     @property
     def numel(self) -> int:
+        """How many numbers the tensor has."""
         count = 1
         for size in self.shape:
             count *= size
@@ -46,6 +47,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """config.json, whatever its dialect."""
         file = self.path / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -65,6 +67,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
+        """The first architecture that config.json names; ? where it names none."""
         return str((self.config.get("architectures") or ["?"])[0])
 
     @cached_property
@@ -85,6 +88,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorHeader]:
+        """By name: what the files say of each tensor, without reading it."""
         headers = {}
         for file in self.files:
             try:
@@ -99,6 +103,7 @@ class Checkpoint:
         return headers
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The tensors of these names."""
         read: dict[str, Tensor] = {}
         for file in self.files:
             with safe_open(file, framework="pt") as opened:

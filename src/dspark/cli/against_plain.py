@@ -77,6 +77,7 @@ def timed(engine: Engine, prompt: Any, params: SamplingParams, raw: bool) -> tup
 
 
 def first_difference(token_ids: list[int], plain_token_ids: list[int]) -> Difference | None:
+    """Where two texts part; None: nowhere. The shorter one has no token where it has ended."""
     for position in range(max(len(token_ids), len(plain_token_ids))):
         ours = token_ids[position] if position < len(token_ids) else None
         plain = plain_token_ids[position] if position < len(plain_token_ids) else None

@@ -66,6 +66,7 @@ def quiet_drift() -> Iterator[None]:
 
 
 def marked(text: str, is_drafted: bool) -> str:
+    """Text as a terminal shows it: green where it was drafted."""
     return f"{_GREEN}{text}{_RESET}" if is_drafted else text
 
 

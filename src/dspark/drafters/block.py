@@ -105,6 +105,7 @@ class BlockDrafter:
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        """A chain for each request, from one pass over all their blocks."""
         if not requests:
             return Draft.empty(0)
         # In the order of their rows the context of all requests is a view, not a copy.

@@ -156,14 +156,18 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries [T, heads, D] of x [T, H]."""
         return rotary(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))))
 
     def key_value(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [T, KV, D] of x [T, H]."""
         key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         return rotary(key), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
 
 class Mlp(nn.Module):
+    """The gated feed-forward network."""
+
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)

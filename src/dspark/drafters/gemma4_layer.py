@@ -96,6 +96,8 @@ class ProportionalRotary:
 
 
 class Gemma4Attention(nn.Module):
+    """Queries, keys and values of a layer; values may come from the keys' projection."""
+
     def __init__(self, config: Gemma4BlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -122,6 +124,8 @@ class Gemma4Attention(nn.Module):
 
 
 class Gemma4Mlp(Mlp):
+    """The gated network with Gemma's activation."""
+
     def forward(self, x: Tensor) -> Tensor:
         gated: Tensor = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)
         return self.down_proj(gated)

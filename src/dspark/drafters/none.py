@@ -8,6 +8,8 @@ from dspark.types import Draft, Request, Rule
 
 
 class NoDrafter:
+    """Proposes nothing: plain decoding."""
+
     feature_layers: tuple[int, ...] = ()
     length = 0
 

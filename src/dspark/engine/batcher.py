@@ -65,6 +65,7 @@ class Batcher:
         return spans
 
     def remove(self, request: Request) -> None:
+        """Take a request out, wherever it is."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:

@@ -245,6 +245,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` would move any request on."""
         return bool(self.batcher.waiting or self.batcher.running)
 
     # -- the step -------------------------------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ class Stream(Iterator[Delta]):
 
     @property
     def generation(self) -> Generation:
+        """What there is so far."""
         return self._engine.result(self.request)
 
     def close(self) -> None:
+        """Cancel what is left."""
         self._engine.cancel(self.request)
 
 

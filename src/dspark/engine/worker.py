@@ -91,6 +91,7 @@ class Worker:
     # -- what callers use ------------------------------------------------------------------------------------------------
 
     def start(self) -> Worker:
+        """Begin to step; returns itself."""
         self._thread.start()
         self._watchdog.start()
         return self
@@ -155,6 +156,7 @@ class Worker:
 
     @property
     def is_draining(self) -> bool:
+        """Whether new requests are refused because it is about to end."""
         return self.admission.is_closed
 
     @property

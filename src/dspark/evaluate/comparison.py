@@ -37,6 +37,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        """In one word what the interval of the speed allows to say."""
         if self.speed is None:
             return "not comparable in speed"
         if self.speed.low > 1:

@@ -59,6 +59,7 @@ class TokenCheck:
         return 1 + self.num_accepted / self.num_passes if self.num_passes else 1.0
 
     def add(self, generation: Generation) -> None:
+        """Count a speculative text in."""
         self.num_texts += 1
         self.num_tokens += len(generation.token_ids)
         self.num_passes += len(generation.rounds)

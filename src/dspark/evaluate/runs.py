@@ -35,6 +35,7 @@ class Setup:
 
     @classmethod
     def parse(cls, text: str) -> Setup:
+        """From DRAFTER[,scheduler=NAME][,rule=NAME]."""
         drafter, *options = text.split(",")
         given = dict(option.partition("=")[::2] for option in options)
         if unknown := set(given) - {"scheduler", "rule"}:
@@ -58,6 +59,7 @@ class Unit:
     seconds: list[float] = field(default_factory=list)
 
     def note(self, generations: Sequence[Generation], seconds: float) -> None:
+        """One more repeat: counts are of the last, seconds of all."""
         rounds = [r for g in generations for r in g.rounds]
         self.num_tokens = sum(len(g.token_ids) for g in generations)
         self.num_passes, self.num_committed = len(rounds), sum(1 + r.accepted for r in rounds)

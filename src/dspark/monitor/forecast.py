@@ -175,7 +175,7 @@ def make_plan(replica: Replica, mix: Mix, limits: Limits, objectives: Objectives
         limited_by=min(kept, key=lambda name: kept[name]),
         max_decoding=max_decoding,
         kv_usage=service.running * _context(mix) / limits.num_slots,
-        kv_full_rate=_kv_full_rate(replica, mix, limits),
+        kv_full_rate=_kv_full_rate(replica, limits),
         running=service.running,
         tau=float(tau),
         verified=float(verified),
@@ -198,6 +198,7 @@ class Outlook:
         self._planned: tuple[Replica, dict[str, Any]] | None = None
 
     def step(self, metrics: Metrics) -> None:
+        """Between two steps of the engine: renew what is known of the traffic, if it is time."""
         now = self._clock()
         if now < self._due:
             return
@@ -222,7 +223,7 @@ def _context(mix: Mix) -> float:
 
 
 # KV is full where the requests that it has room for are all there, so that others wait for their slots.
-def _kv_full_rate(replica: Replica, mix: Mix, limits: Limits) -> float | None:
+def _kv_full_rate(replica: Replica, limits: Limits) -> float | None:
     if len(replica.pass_seconds) >= limits.max_num_seqs:
         return None
     low, high = 0.0, replica.saturation

@@ -65,6 +65,7 @@ class RequestMetrics:
         self.classes = {name: (drafts.labels(name), hits.labels(name)) for name in CLASSES}
 
     def observe(self, record: RequestRecord) -> None:
+        """Count a request that has ended."""
         self.finished.get(record.finish_reason, self.finished[_OTHER]).inc()
         self.generated.inc(len(record.token_ids))
         self.prompt_length.observe(len(record.prompt_token_ids))

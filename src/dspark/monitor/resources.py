@@ -13,6 +13,7 @@ class GpuCollector:
     """Nothing on a machine without CUDA; utilisation only where nvidia-ml-py is installed."""
 
     def collect(self) -> Iterator[Any]:
+        """Memory and work of each CUDA device, asked when Prometheus asks."""
         if not torch.cuda.is_available():
             return
         memory = GaugeMetricFamily("dspark_gpu_memory_used_bytes", "of all processes on the device", labels=["device"])

@@ -21,6 +21,7 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
+        """The same layer with its weight packed for the kernel."""
         clone = copy.copy(linear)
         clone.__class__ = cls
         clone._buffers = {"packed": torch.ops.dspark.pack_linear(linear.weight.detach())}

@@ -75,6 +75,7 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Requests, and queries of each."""
         return self.visibility.positions.shape[0], self.visibility.positions.shape[1]
 
     def mask(self, window: int | None, dtype: torch.dtype, repeats: int = 1) -> Tensor | None:
@@ -234,7 +235,7 @@ def _plan_group(spans: Sequence[Span], inputs: Inputs, members: list[int], cache
     if needs_inside:
         inside = torch.from_numpy(_chains(is_real) if is_chain else _inside(spans, members, num_queries))
     return Group(
-        slots=torch.from_numpy(_slots(spans, members, starts, sizes, num_keys, cache)),
+        slots=torch.from_numpy(_slots(spans, members, starts, num_keys, cache)),
         visibility=Visibility(torch.from_numpy(starts), torch.from_numpy(inputs.positions[rows]), inside, num_keys),
         rows=None if covers_all and in_order else torch.from_numpy(rows),
         back=None if in_order else torch.from_numpy(np.flatnonzero(is_real)),
@@ -260,9 +261,7 @@ def _inside(spans: Sequence[Span], members: list[int], num_queries: int) -> np.n
     return inside
 
 
-def _slots(
-    spans: Sequence[Span], members: list[int], starts: np.ndarray, sizes: np.ndarray, num_keys: int, cache: KVCache
-) -> np.ndarray:
+def _slots(spans: Sequence[Span], members: list[int], starts: np.ndarray, num_keys: int, cache: KVCache) -> np.ndarray:
     """[B, S]  slots of each request, padded with the first one that its span writes."""
     if len(members) == 1:
         return cache.slots_of(spans[members[0]].request_id)[None]

@@ -102,6 +102,7 @@ class Target:
 
     @property
     def num_free_slots(self) -> int:
+        """Tokens that the cache still has room for."""
         return self.cache.num_free_slots
 
     @torch.no_grad()

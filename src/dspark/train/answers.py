@@ -188,6 +188,7 @@ class Tally:
     tokens: int = 0  # answered tokens
 
     def add(self, entry: Mapping[str, Any]) -> None:
+        """Count an entry of the log."""
         setattr(self, entry["status"], getattr(self, entry["status"]) + 1)
         self.truncated += bool(entry.get("truncated"))
         self.tokens += sum(end - begin for text in entry.get("texts", ()) for begin, end in text["answers"])

@@ -74,6 +74,7 @@ def save_draft(model: Qwen3ForCausalLM, mean: RunningMean, target: Path, out: Pa
 
 
 def train_draft(target: Path, texts_folder: Path, out: Path, settings: DraftSettings) -> None:
+    """Train a draft LM on texts of the target and write it to `out`, and every few minutes on the way."""
     torch.manual_seed(settings.seed)
     teacher = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval().requires_grad_(False)
     model = make_draft(teacher.config, settings)

@@ -26,6 +26,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every matrix on; those that are taller than wide go further."""
         assert closure is None
         for group in self.param_groups:
             matrices = group["params"]
@@ -142,6 +143,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Take in the model after a step; the first ones count more, or the start would linger."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 10))
         for name, p in model.named_parameters():

@@ -22,6 +22,7 @@ class Table:
         self.path = path
 
     def append(self, row: Row) -> None:
+        """One more row, below a header if it is the first."""
         is_new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row))
@@ -61,6 +62,7 @@ class Curves:
         self.writer = SummaryWriter(str(folder))
 
     def add(self, kind: str, row: Row) -> None:
+        """One more point of every curve of this kind."""
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
@@ -94,6 +96,7 @@ class ProgressBar:
         self.progress.stop()
 
     def update(self, step: int, loss: float, tau: float) -> None:
+        """Where the run is."""
         self.progress.update(self.task, completed=step, description=f"loss {loss:.3f}, tau about {tau:.2f}")
 
     def say(self, line: str) -> None:

@@ -140,6 +140,7 @@ class Student:
     # -- learning -------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: TraceBatch, embed: nn.Module, lm_head: nn.Module, objective: nn.Module) -> Losses:
+        """Of one batch, in the precision of the recipe."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             total, losses = objective(batch, embed, lm_head, self.weights)
         return replace(losses, total=total)  # several processes: the one whose gradient is averaged
@@ -209,6 +210,7 @@ class Student:
             self.export(averaged, self.out)
 
     def save_newest(self, averaged: Any) -> None:
+        """Write `last`; and the drafter itself while no validation has found a best one."""
         self.export(averaged, self.out / "last")
         if not self.best_tau:
             self.export(averaged, self.out)
@@ -225,6 +227,7 @@ class Student:
         return dict(whole_state(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state: weights, their mean, optimisers and the best tau so far."""
         own = self.model.state_dict()
         self.model.load_state_dict({name: spread_like(value, own[name]) for name, value in state["model"].items()})
         self.mean.load_state_dict(state["mean"])
@@ -239,6 +242,7 @@ class Student:
 
 
 def numbers(losses: Losses) -> dict[str, float]:
+    """The losses as the tables and curves have them."""
     return {
         name: float(getattr(losses, name).detach()) for name in ("total", "cross_entropy", "l1", "confidence", "tau")
     }

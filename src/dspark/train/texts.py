@@ -48,6 +48,7 @@ class Text:
         return int(self.loss_mask.long().argmax())
 
     def cut(self, max_length: int) -> Text:
+        """Its beginning, of max_length tokens at most."""
         return self if len(self) <= max_length else Text(self.token_ids[:max_length], self.loss_mask[:max_length])
 
 

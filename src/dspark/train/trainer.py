@@ -99,12 +99,14 @@ class Trainer:
         return traces
 
     def say(self, line: str) -> None:
+        """A line on stderr, from the first process only."""
         if self.is_first and not self.is_quiet:
             print(f"dspark: {line}", file=sys.stderr, flush=True)
 
     # -- data -----------------------------------------------------------------------------------------------------------
 
     def batch(self, texts: list[Text], generator: torch.Generator) -> TraceBatch:
+        """Texts as the drafter learns from them, with the target's states and anchors drawn anew."""
         device = self.target.device
         token_ids, loss_mask = pad(texts)
         anchors, kept = choose_anchors(loss_mask, max(1, self.settings.anchors_per_batch // len(texts)), generator)

@@ -81,6 +81,7 @@ class StepRecord:
 
     @property
     def draft_seconds(self) -> float:
+        """Measured seconds of drafting."""
         return self.seconds.get("draft", 0.0)
 
 

@@ -76,6 +76,7 @@ class Request:
 
     @property
     def generated(self) -> list[int]:
+        """Tokens after the prompt."""
         return self.tokens[self.num_prompt_tokens :]
 
 
