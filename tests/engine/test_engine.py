@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from dspark.drafters.draft_model import DraftModelDrafter
+from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
@@ -232,6 +232,40 @@ def test_an_interrupted_stream_leaves_an_engine_that_works(target, monkeypatch):
     assert (
         engine.generate([[3, 1, 4]], params)[0].token_ids == Engine(target).generate([[3, 1, 4]], params)[0].token_ids
     )
+    assert target.num_free_slots == target.cache.limit
+
+
+@pytest.mark.parametrize("place", ["draft", "extend", "verify", "keep"])
+def test_others_go_on_after_a_step_that_was_interrupted(target, place, monkeypatch):
+    """Whatever the interrupted step had written for them is made anew."""
+    params = SamplingParams(temperature=1, seed=9, max_tokens=30, logprobs=1)
+    prompts = [[3, 1, 4], [1, 5, 9, 2], list(range(40))]
+    expected = Engine(target).generate(prompts, params)
+    engine = Engine(target, SelfDrafter(target, num_layers=2, length=3), "fixed:3", prefix_tokens=64)
+    streams = [engine.stream(prompt, params) for prompt in prompts]
+    for stream in streams:
+        next(stream)
+    owner = {"draft": engine.rule, "extend": target, "verify": engine.rule, "keep": target}[place]
+    whole, num_left = getattr(owner, place), 2
+
+    def interrupted(*arguments):
+        nonlocal num_left
+        num_left -= 1
+        out = whole(*arguments)
+        if num_left < 0:
+            raise KeyboardInterrupt
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[2, 7, 1]], params)
+    for stream, known in zip(streams, expected, strict=True):
+        for _ in stream:
+            target.cache.check()
+        found = stream.generation
+        assert found.token_ids == known.token_ids and len(found.logprobs) == len(found.is_drafted) == 30
+        assert 1 + sum(r.accepted + 1 for r in found.rounds[:-1]) < 30 <= 1 + sum(r.accepted + 1 for r in found.rounds)
     assert target.num_free_slots == target.cache.limit
 
 

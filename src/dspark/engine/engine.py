@@ -256,7 +256,14 @@ class Engine:
         with self.target.turn:
             while self._abandoned:
                 self.cancel(self._abandoned.popleft())
-            return self._step()
+            if self.ledger.is_torn:  # who is still here is read anew
+                self.set_aside()
+                self.ledger.is_torn = False
+            try:
+                return self._step()
+            except BaseException:
+                self.ledger.is_torn = True
+                raise
 
     def _step(self) -> StepRecord:
         record = StepRecord()

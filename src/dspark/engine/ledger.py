@@ -16,13 +16,17 @@ from dspark.types import Draft, Request, Round, Span, StepRecord, Verdict
 
 
 class Ledger:
-    """One request's life in an engine: begin, commit step by step, finish. `max_length` bounds prompt and output."""
+    """One request's life in an engine: begin, commit step by step, finish.
+
+    max_length  bounds prompt and output
+    is_torn     the last step raised, or was interrupted: what requests hold may be half written
+    """
 
     def __init__(
         self, target: Target, batcher: Batcher, drafting: Drafting, prefixes: PrefixCache | None, max_length: int
     ) -> None:
         self.target, self.batcher, self.drafting, self.prefixes = target, batcher, drafting, prefixes
-        self.max_length = max_length
+        self.max_length, self.is_torn = max_length, False
 
     def begin(self, record: StepRecord, request: Request) -> None:
         """Spare the target what it has read before."""
@@ -60,15 +64,17 @@ class Ledger:
             num_prompt = len(span.tokens) - span.num_logits
             chosen = [*range(num_prompt + 1), *(num_prompt + 1 + i for i in path)]
             drafted = [span.tokens[num_prompt + 1 + i] for i in path]
+            logprobs = []
             if request.params.logprobs is not None:
                 rows = on_device([first_row, *(first_row + 1 + i for i in path)], out.logits.device)
-                new = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
-                request.logprobs += new
+                logprobs = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
+            self._cache(request, span, chosen, first_token, out.features)
+            # What takes long lies behind: an interrupt hardly ever finds a round half written.
+            request.logprobs += logprobs
             if request.generated:
                 end = nodes[path[-1]] if path else -1
                 is_cut_short = None if parents is None else all(parents[b][node] != end for node in nodes)
                 request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
-            self._cache(request, span, chosen, first_token, out.features)
             self._append(request, drafted, next_tokens[b])
             first_token, first_row, b = first_token + len(span.tokens), first_row + span.num_logits, b + 1
 
@@ -83,7 +89,7 @@ class Ledger:
     def forget(self, request: Request) -> None:
         """Free all that a request holds: it has ended, or is to be read again."""
         if self.prefixes is not None:
-            if request.finish_reason != "error":  # a step that raised may have left its books half written
+            if not self.is_torn:
                 self.prefixes.take_in(request)
             self.prefixes.forget(request)
         self.target.release(request.id)
