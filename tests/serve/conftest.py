@@ -24,6 +24,7 @@ from dspark.serve.settings import ServeSettings
 from serve.engines import assert_all_free
 
 if TYPE_CHECKING:
+    from dspark.monitor.monitoring import Monitoring
     from dspark.target.kv_cache import KVCache
 
 
@@ -97,12 +98,15 @@ def http(backend: Backend, drain_seconds: float, **settings) -> Iterator[Served]
 
 
 @contextmanager
-def serving(engine: Engine, worker_options=None, drain_seconds=10.0, **settings) -> Iterator[Served]:
+def serving(
+    engine: Engine, worker_options=None, monitoring: Monitoring | None = None, drain_seconds=10.0, **settings
+) -> Iterator[Served]:
     """Beside its engine. However a test ends, it leaves no thread and no slot of the target that all tests share."""
     before = set(threading.enumerate())
     worker = Worker(engine, **(worker_options or {})).start()
     try:
-        with http(InProcess(Watched(worker)), drain_seconds, **settings) as served:
+        pages = (monitoring.metrics.render, monitoring.snapshot) if monitoring else ()
+        with http(InProcess(Watched(worker, *pages)), drain_seconds, **settings) as served:
             served.cache = engine.target.cache
             yield served
             served.settle()
