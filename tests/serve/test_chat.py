@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import httpx
+import openai
 import pytest
 
+from dspark import Engine
 from dspark.serve.replies import TokenNames
+from serve.conftest import serving
 
 PROMPT = "What is a river?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -131,6 +134,22 @@ def test_a_stop_string_is_found_wherever_pieces_end(served):
         stop = whole[start : start + 9]
         chunks = chat(served, temperature=0, max_tokens=40, stop=stop, stream=True)
         assert text_of(chunks) == whole[: whole.index(stop)]
+
+
+def test_templates_are_told_whether_to_think(target, monkeypatch):
+    template = "{{ messages[-1].content }}{% if enable_thinking %}<think>{% endif %}{{ reasoning_effort or '' }}"
+    monkeypatch.setattr(target.tokenizer, "chat_template", template)
+    with serving(Engine(target)) as served:
+        for asked, rendered in (
+            ({}, PROMPT),
+            ({"chat_template_kwargs": {"enable_thinking": True}}, PROMPT + "<think>"),
+            ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"}, PROMPT + "high"),
+        ):
+            usage = chat(served, max_tokens=1, extra_body=asked).usage
+            assert usage.prompt_tokens == len(target.tokenizer(rendered)["input_ids"])
+        for name in ("tokenize", "messages", "chat_template"):  # of ours, or of the library
+            with pytest.raises(openai.BadRequestError, match=f"chat_template_kwargs.{name}"):
+                chat(served, extra_body={"chat_template_kwargs": {name: "x"}})
 
 
 def test_content_parts_and_the_older_roles(served, plain):

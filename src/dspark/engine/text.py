@@ -24,13 +24,17 @@ _MAX_UNFINISHED_WINDOW = 64
 
 
 def render_prompt(
-    tokenizer: Any, prompt: Prompt, raw: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Any,
+    prompt: Prompt,
+    raw: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids the target reads for a prompt.
 
     A string is one user turn in the chat template, or with `raw` text to be continued as it stands. A list of
-    {"role", "content"} messages goes through the template, `tools` (JSON schemas of functions) with it; a list of token
-    ids is taken as it is.
+    {"role", "content"} messages goes through the template, `tools` (JSON schemas of functions) and `variables` that it may
+    ask for (`enable_thinking`) with it; a list of token ids is taken as it is.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -39,7 +43,7 @@ def render_prompt(
             _require_tokenizer(tokenizer)
             # verbose=False: the engine says itself, and as an error, when a prompt is too long
             return _not_empty(list(tokenizer(_valid_text(prompt), verbose=False)["input_ids"]))
-        return _render_chat(tokenizer, [{"role": "user", "content": _valid_text(prompt)}], tools)
+        return _render_chat(tokenizer, [{"role": "user", "content": _valid_text(prompt)}], tools, variables)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string, messages or token ids, not {type(prompt).__name__}")
     if not prompt:
@@ -47,7 +51,7 @@ def render_prompt(
     if all(isinstance(item, Mapping) for item in prompt):
         if raw:
             raise InvalidRequest("raw is for strings and token ids; messages need the chat template: leave raw out")
-        return _render_chat(tokenizer, prompt, tools)  # type: ignore[arg-type]  # every item is a Mapping
+        return _render_chat(tokenizer, prompt, tools, variables)  # type: ignore[arg-type]  # every item is a Mapping
     for item in prompt:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise InvalidRequest(f"a prompt in a list is all messages or all token ids, 0 or more; got {item!r} in it")
@@ -63,7 +67,10 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any] | None,
 ) -> list[int]:
     _require_tokenizer(tokenizer)
     if getattr(tokenizer, "chat_template", None) is None:
@@ -84,6 +91,7 @@ def _render_chat(
             tokenize=True,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},
+            **(variables or {}),
         )
     except TemplateError as error:
         raise InvalidRequest(f"the chat template of this tokenizer refuses these messages: {error}") from error

@@ -21,7 +21,15 @@ from dspark.engine.text import Prompt, render_prompt
 from dspark.errors import InvalidRequest
 from dspark.serve import page
 from dspark.serve.answer import Answer, EventStream, whole_response
-from dspark.serve.asked import check_limits, conversation, grammar_of, params_of, shown_tools, voice_of
+from dspark.serve.asked import (
+    check_limits,
+    conversation,
+    grammar_of,
+    params_of,
+    shown_tools,
+    template_variables,
+    voice_of,
+)
 from dspark.serve.backend import Backend
 from dspark.serve.faults import ApiError, add_handlers, as_api_error
 from dspark.serve.gate import Gate
@@ -124,7 +132,8 @@ class Desk:
         grammar = grammar_of(body, lambda: self._grammars, self.settings.max_grammar_bytes)
         each = params_of(body, self.backend.intake.max_length, grammar, self.settings.seed)
         if isinstance(body, ChatRequest):
-            prompts = [self.tokens("messages", conversation(body.messages), tools=shown_tools(body))]
+            shown: dict[str, Any] = {"tools": shown_tools(body), "variables": template_variables(body)}
+            prompts = [self.tokens("messages", conversation(body.messages), **shown)]
         else:
             prompts = [self.tokens("prompt", prompt, raw=True) for prompt in body.prompts]
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
@@ -134,9 +143,9 @@ class Desk:
             param = "logit_bias" if body.logit_bias and "token ids" in str(error) else field
             raise as_api_error(error, param) from error
 
-    def tokens(self, field: str, prompt: Prompt, raw: bool = False, tools: Sequence[Any] = ()) -> list[int]:
+    def tokens(self, field: str, prompt: Prompt, raw: bool = False, **shown: Any) -> list[int]:
         try:
-            return render_prompt(self.tokenizer, prompt, raw and isinstance(prompt, str), tools)
+            return render_prompt(self.tokenizer, prompt, raw and isinstance(prompt, str), **shown)
         except InvalidRequest as error:
             raise as_api_error(error, field) from error
 

@@ -78,6 +78,12 @@ def shown_tools(body: ChatRequest) -> list[dict[str, Any]]:
     return [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
 
 
+def template_variables(body: ChatRequest) -> dict[str, Any]:
+    """What the chat template is told besides."""
+    given = {} if body.chat_template_kwargs is None else body.chat_template_kwargs.model_dump(exclude_none=True)
+    return given if body.reasoning_effort is None else {**given, "reasoning_effort": body.reasoning_effort}
+
+
 def grammar_of(
     body: ChatRequest | CompletionRequest, grammars: Callable[[], Grammars], max_bytes: int
 ) -> Grammar | None:

@@ -88,6 +88,13 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
+class TemplateVariables(_Body):
+    """What chat templates of models that think ask for; others take no note of it."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
 class _Generate(_Body):
     """What both kinds of completion share."""
 
@@ -155,6 +162,8 @@ class ChatRequest(_Generate):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     # accepted and without any effect
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
