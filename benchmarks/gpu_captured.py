@@ -91,7 +91,7 @@ def passes(
 
 def attention(target: Target, floor: Floor, say: Say) -> Iterator[TilingRow]:
     """Finds the fastest tilings first, or the file that an earlier run has left."""
-    if target.device.type != "cuda" or not kernels.load_triton():
+    if target.device.type != "cuda" or not kernels.load_triton(target.device):
         return
     from dspark.target.triton_tuning import clock, usual_for
 

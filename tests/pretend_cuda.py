@@ -44,7 +44,7 @@ class Copy:
     line: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Ledger:
     """What went between host and device, and what may not be overwritten yet."""
 
@@ -222,7 +222,9 @@ class _Functions(TorchFunctionMode):
 class _Event:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def record(self, *_: Any) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        """An event that is recorded elsewhere than the copies waits for none of them."""
+        assert stream is not None and stream.device == DEVICE, "an event of the current device, which is another one"
 
     def synchronize(self) -> None:
         _ledger.settle()
@@ -260,6 +262,7 @@ def pretend_cuda(patch: Any) -> Iterator[Ledger]:
         "is_bf16_supported": lambda *_: True,
         "synchronize": lambda *_: _ledger.settle(),
         "Event": _Event,
+        "current_stream": lambda device=None: SimpleNamespace(device=device or torch.device("cuda:0")),
     }
     for name, stand_in in stand_ins.items():
         patch.setattr(torch.cuda, name, stand_in)

@@ -24,7 +24,7 @@ TIERS = [
     {"target"},
     {"sampling", "triton_sampling", "noise", "verify", "losses", "config"},
     {"types"},
-    {"errors", "transfer"},
+    {"errors", "transfer", "cards", "triton_probe"},
 ]
 LEVELS = {part: len(TIERS) - number for number, tier in enumerate(TIERS) for part in tier}
 NEIGHBOURS = {
@@ -34,6 +34,7 @@ NEIGHBOURS = {
     ("verify", "sampling"),
     ("sampling", "noise"),
     ("verify", "noise"),
+    ("cards", "triton_probe"),
 }
 PUBLIC = {
     "load_target",

@@ -44,6 +44,13 @@ def test_of_equals_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused(scores, torch.zeros(3, 1), [1, 2, 3], [0, 0, 0], COUPLED).tolist() == [0, 20, 33]
 
 
+def test_logits_that_are_no_numbers_give_a_token_all_the_same() -> None:
+    scores = torch.randn(3, 5000)
+    scores[1], scores[2, :4990] = float("nan"), float("nan")
+    tokens = fused(scores, torch.tensor([[0.0], [1.0], [1.0]]), [1, 2, 3], [0, 0, 0], COUPLED)
+    assert (tokens >= 0).all() and (tokens < 5000).all()
+
+
 def test_the_sampler_draws_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, temperature, numbers = (
         torch.randn(3, 40),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dspark.cards import runs_triton
 from dspark.noise import GumbelNoise, uniform
 from dspark.transfer import columns_on_device, on_device, together_on_device, together_on_host
 from dspark.types import Request, TokenLogprobs
-
-_log = logging.getLogger(__name__)
 
 
 def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -88,7 +86,7 @@ class KeyedDraws:
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.noise = GumbelNoise(vocab_size, device)
-        self._draw = _fused_draw() if self.noise.device.type == "cuda" else None
+        self._draw = _fused_draw(self.noise.device) if self.noise.device.type == "cuda" else None
 
     def tokens(
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
@@ -112,14 +110,9 @@ class KeyedDraws:
         return uniform(seed, position, stream) < probability
 
 
-@cache
-def _fused_draw() -> Callable[..., Tensor] | None:
-    """The Triton kernel that adds noise while it looks for the largest, if Triton is there."""
-    try:
-        return importlib.import_module("dspark.triton_sampling").draw
-    except ImportError as error:
-        _log.warning("sampling runs without its Triton kernel: %s", error)
-        return None
+def _fused_draw(device: torch.device) -> Callable[..., Tensor] | None:
+    """The Triton kernel that adds noise while it looks for the largest, if the device runs it."""
+    return importlib.import_module("dspark.triton_sampling").draw if runs_triton(device) else None
 
 
 def _signed(seeds: Sequence[int]) -> list[int]:

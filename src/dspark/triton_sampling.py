@@ -54,7 +54,8 @@ def _best_of_block(
     highest = tl.max(own, 0)
     cell = row * num_blocks + block
     tl.store(best + cell, highest)
-    tl.store(token + cell, tl.min(tl.where(exists & (own == highest), column, vocab_size), 0))
+    # The last one where there is no largest: an id that is none would end in a fault of the device.
+    tl.store(token + cell, tl.min(tl.where(exists & (own == highest), column, vocab_size - 1), 0))
 
 
 def draw(scores: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
@@ -65,7 +66,8 @@ def draw(scores: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, 
     best = scores.new_empty(num_rows, num_blocks, dtype=torch.float32)
     token = scores.new_empty(num_rows, num_blocks, dtype=torch.long)
     if num_rows:
-        _best_of_block[(num_rows, num_blocks)](
-            scores, temperature, seeds, positions, best, token, stream, vocab_size, num_blocks, QUADS=_QUADS
-        )
+        with torch.cuda.device_of(scores):  # Triton launches on the current device, whatever its tensors lie on
+            _best_of_block[(num_rows, num_blocks)](
+                scores, temperature, seeds, positions, best, token, stream, vocab_size, num_blocks, QUADS=_QUADS
+            )
     return token.gather(1, best.argmax(1, keepdim=True))[:, 0]

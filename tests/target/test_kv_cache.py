@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dspark.errors import OutOfSlots
-from dspark.target import KVCache
+from dspark.target import KVCache, kv_cache
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -25,7 +25,7 @@ def test_random_traffic_against_lists(seed: int) -> None:
             count = rng.choice((1, 3, 8, 90))
             before = cache.num_free_slots
             if count > before:
-                with pytest.raises(OutOfSlots, match=f"needs {count} more slots and {before} of {cache.limit}"):
+                with pytest.raises(OutOfSlots, match=f"^{count} more slots are needed and {before} of {cache.limit}"):
                     cache.reserve(request, count)
                 assert cache.num_free_slots == before
             else:
@@ -48,6 +48,32 @@ def test_random_traffic_against_lists(seed: int) -> None:
             stored = cache.storage[0][0][torch.from_numpy(cache.slots_of(known).copy()), 0, 0]
             assert stored.tolist() == stamps
         assert cache.num_free_slots == cache.limit - sum(map(len, expected.values()))
+
+
+def test_a_device_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, keys = KVCache(5000), torch.zeros(1, 2, 1, 4)
+    for layer in range(3):
+        cache.tensors(layer, keys, keys)
+    cache.reserve_many([(0, 700), (1, 200)])
+    cache.storage[2][1][:900] = 7.0
+    zeros_like = kv_cache._zeros_like
+    sizes: list[int] = []
+
+    def scarce(tensor: torch.Tensor, num_slots: int) -> torch.Tensor:
+        sizes.append(num_slots)
+        if len(sizes) == 4:  # the second layer's values
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros_like(tensor, num_slots)
+
+    monkeypatch.setattr(kv_cache, "_zeros_like", scarce)
+    with pytest.raises(OutOfSlots, match="no memory for a cache of 2048 tokens, 192 bytes each"):
+        cache.reserve_many([(0, 100), (2, 60)])
+    assert (cache.length(0), cache.length(2), cache.num_allocated, cache.scratch) == (700, 0, 1024, 1024)
+    cache.check()
+    cache.reserve(2, 160)  # there is memory again
+    assert {len(tensor) for pair in cache.storage.values() for tensor in pair} == {2049}
+    assert (cache.storage[2][1][:900] == 7.0).all()
+    cache.check()
 
 
 def test_unknown_requests_are_empty() -> None:

@@ -57,7 +57,7 @@ def test_what_is_known_to_be_fast_is_taken_unless_the_order_is_fixed(
     monkeypatch.setattr(tilings, "known", {Geometry(6, 2, 16, 16, "float32"): {Shape(1, 1, 512): fast}})
     attend_in = triton_attention.attend_in
     monkeypatch.setattr(triton_attention, "attend_in", lambda t, *rest: taken.append(t) or attend_in(t, *rest))
-    assert kernels.load_triton()
+    assert kernels.load_triton(torch.device(kernel.device))
     for attend_slots in (kernels.tuned_on_cuda, kernels.on_cuda):
         kernel.attend_slots = attend_slots
         case.assert_equal(kernel)
@@ -103,6 +103,6 @@ def test_compilers_know_its_shape_without_running_it(kernel: Kernel) -> None:
 
 def test_it_is_for_cuda_only() -> None:
     query = torch.zeros(1, 2, 8, device="meta")
-    assert kernels.load_triton()
+    assert kernels.load_triton(torch.device("cpu"))
     assert kernels.on_cuda is triton_attention.attend_slots
     assert kernels.kernel_for(query, 1) is None

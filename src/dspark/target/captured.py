@@ -149,7 +149,7 @@ class _Inputs:
             self.host["rows"].reshape(-1)[free] = np.arange(num_tokens, self.size.tokens)
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._on_device.device))
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,11 @@ class GraphRecorder:
         return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] == self._pool)
 
     def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device):
+            return self._recorded(run)
+
+    def _recorded(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(2):  # kernels are compiled and libraries take their workspaces before recording begins

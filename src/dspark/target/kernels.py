@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from dspark.cards import runs_triton
 from dspark.target import native
 from dspark.target.plan import SHORT
 from dspark.target.tilings import geometry_of
 
 AttendSlots = Callable[..., Tensor]
 """(query, keys, values, slots, starts, positions, inside, rows, back, scale, window, softcap, sinks) -> [T', H, Dv]"""
-
-_log = logging.getLogger(__name__)
 
 IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,15 +31,12 @@ def kernel_for(query: Tensor, num_queries: int, in_fixed_order: bool = False) ->
     return None
 
 
-@cache
-def load_triton() -> bool:
-    """Make the kernel for CUDA available. Whether it worked."""
+def load_triton(device: torch.device) -> bool:
+    """Make the kernel for CUDA available, if the device runs it. Whether it does."""
     global on_cuda, tuned_on_cuda
-    try:
-        module = importlib.import_module("dspark.target.triton_attention")
-    except ImportError as error:
-        _log.warning("attention runs without its Triton kernel: %s", error)
+    if not runs_triton(device):
         return False
+    module = importlib.import_module("dspark.target.triton_attention")
     on_cuda, tuned_on_cuda = module.attend_slots, module.attend_tuned
     return True
 
@@ -52,9 +46,8 @@ def tune(heads: int, storage: Iterable[tuple[Tensor, Tensor]]) -> None:
 
     From then on all of this process use them but deterministic targets.
     """
-    if not load_triton():
-        return
-    tuning = importlib.import_module("dspark.target.triton_tuning")
     for keys, values in storage:
-        if keys.dtype in IN_TRITON:
-            tuning.tune(geometry_of(heads, keys, values), keys.device)
+        if keys.dtype in IN_TRITON and load_triton(keys.device):
+            tuning = importlib.import_module("dspark.target.triton_tuning")
+            with torch.cuda.device_of(keys):  # on which Triton launches and takes the time
+                tuning.tune(geometry_of(heads, keys, values), keys.device)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dspark.errors import OutOfSlots
@@ -91,6 +92,12 @@ class KVCache:
         return self._num_allocated
 
     @property
+    def bytes_per_slot(self) -> int:
+        """Of all layers that have been written to."""
+        tensors = [tensor for pair in self.storage.values() for tensor in pair]
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def scratch(self) -> int:
         """The last slot of `storage`, which no request ever gets: what padding writes goes there."""
         return self._num_allocated
@@ -111,14 +118,7 @@ class KVCache:
 
     def reserve(self, request_id: int, num_slots: int) -> np.ndarray:
         """Give a request `num_slots` more slots and return them. OutOfSlots changes nothing."""
-        if num_slots > self.num_free_slots:
-            raise OutOfSlots(
-                f"request {request_id} needs {num_slots} more slots and {self.num_free_slots} of {self.limit} are "
-                "free; run fewer requests at once, or raise the number of slots"
-            )
-        if num_slots > self._num_unowned:
-            assert self._spare is not None
-            self._spare.give_back(num_slots - self._num_unowned)
+        self._make_room(num_slots)
         owned = self._owned.get(request_id)
         if owned is None:
             owned = self._owned[request_id] = _SlotList()
@@ -129,12 +129,11 @@ class KVCache:
         self._num_touched += num_slots - num_reused
         owned.append(slots)
         self._num_owners[slots] = 1
-        if self._num_touched > self._num_allocated:
-            self._grow(self._num_touched)
         return owned.array[owned.length - num_slots : owned.length]
 
     def reserve_many(self, wanted: Sequence[tuple[int, int]]) -> np.ndarray:
         """Reserve for several (request id, slots) at once: all new slots, one request's after another's."""
+        self._make_room(sum(num_slots for _, num_slots in wanted))  # for all, or nobody gets any
         return np.concatenate([self.reserve(request_id, num_slots) for request_id, num_slots in wanted])
 
     def keep(self, request_id: int, start: int, chosen: Sequence[int]) -> None:
@@ -203,7 +202,7 @@ class KVCache:
         self._num_allocated = min(_FIRST_ALLOCATION, limit) if self._grows else limit
         self.num_moves += 1
         for layer, (keys, values) in self.storage.items():
-            self.storage[layer] = (self._empty_like(keys), self._empty_like(values))
+            self.storage[layer] = (_zeros_like(keys, self._num_allocated), _zeros_like(values, self._num_allocated))
 
     def tensors(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's storage, made on first use to fit keys [.., KV, T, D] and values [.., KV, T, D of values]."""
@@ -227,19 +226,42 @@ class KVCache:
         assert sorted(self._free) == np.flatnonzero(num_owners == 0).tolist(), "a slot was lost, or is free and owned"
         assert self._num_touched <= self._num_allocated <= self.limit, "more slots in use than there is memory for"
 
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        return tensor.new_zeros(self._num_allocated + 1, *tensor.shape[1:])
+    def _make_room(self, num_slots: int) -> None:
+        """See to it that so many slots can be handed out, with memory behind them."""
+        if num_slots > self.num_free_slots:
+            raise OutOfSlots(
+                f"{num_slots} more slots are needed and {self.num_free_slots} of {self.limit} are free; run fewer requests at "
+                "once, or raise the number of slots"
+            )
+        if num_slots > self._num_unowned:
+            assert self._spare is not None
+            self._spare.give_back(num_slots - self._num_unowned)
+        needed = self._num_touched + max(0, num_slots - len(self._free))
+        if needed > self._num_allocated:
+            self._grow(needed)
 
     def _grow(self, needed: int) -> None:
-        previous = self._num_allocated
-        while self._num_allocated < needed:
-            self._num_allocated = min(2 * self._num_allocated, self.limit)
+        previous = num_allocated = self._num_allocated
+        while num_allocated < needed:
+            num_allocated = min(2 * num_allocated, self.limit)
         self.num_moves += 1
-        for layer, pair in self.storage.items():
-            grown = tuple(self._empty_like(tensor) for tensor in pair)
-            for new, old in zip(grown, pair, strict=True):
-                new[:previous].copy_(old[:previous])
-            self.storage[layer] = (grown[0], grown[1])
+        try:
+            for layer, pair in self.storage.items():
+                grown = tuple(_zeros_like(tensor, num_allocated) for tensor in pair)
+                for new, old in zip(grown, pair, strict=True):
+                    new[:previous].copy_(old[:previous])
+                self.storage[layer] = (grown[0], grown[1])
+        except torch.OutOfMemoryError as error:  # layers that have grown already are only larger than they need be
+            raise OutOfSlots(
+                f"the device has no memory for a cache of {num_allocated} tokens, {self.bytes_per_slot} bytes each: ask for "
+                f"fewer slots than {self.limit}, or run fewer requests at once"
+            ) from error
+        self._num_allocated = num_allocated
+
+
+def _zeros_like(tensor: Tensor, num_slots: int) -> Tensor:
+    """Storage of so many slots and the scratch slot."""
+    return tensor.new_zeros(num_slots + 1, *tensor.shape[1:])
 
 
 def gather(tensor: Tensor, slots: Tensor) -> Tensor:

@@ -51,8 +51,14 @@ def load_target(
     place = _device(device)
     for_files = {key: from_pretrained[key] for key in _FOR_ALL_FILES if key in from_pretrained}
     model = _load_model(name, source, wanted, from_pretrained)
-    if "device_map" not in from_pretrained:
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if "device_map" not in from_pretrained and places != {str(place)}:  # quantised ones are there, and refuse to move
         model.to(place)
+    elif len(places) > 1:
+        raise InvalidConfiguration(
+            f"the layers of {name} lie on {', '.join(sorted(places))}, and all must lie on one device: give device='cuda:0' "
+            "or the like in place of device_map, with a dtype or quantization_config that makes it fit"
+        )
     if place.type == "cpu":
         _keep_freed_memory()
     tokenizer = _load_tokenizer(name, source, for_files)
@@ -60,6 +66,7 @@ def load_target(
     target = Target(model, tokenizer, name)
     if check:
         check_parity(target, plain)
+        target.fit_cache()
     if deterministic:
         make_deterministic(target)
     return target

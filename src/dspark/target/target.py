@@ -26,6 +26,7 @@ from dspark.types import Span
 _log = logging.getLogger(__name__)
 
 _DEFAULT_SLOTS = 65536  # a cap, not memory: storage grows with use
+_SHARE_OF_CACHE = 0.8  # of the device's free memory at most; the rest is for drafters and what forwards need meanwhile
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Target:
         self._recorder: Recorder | None = None
         self.turn = threading.RLock()  # engines that share it, and threads that share an engine, step one at a time
         if self.device.type == "cuda":
-            kernels.load_triton()
+            kernels.load_triton(self.device)
         model.eval()
         model.set_attn_implementation(attention.NAME)
 
@@ -197,12 +198,22 @@ class Target:
             self.capture(self._recorder, feature_layers)
         return feature_layers in self._compiled
 
+    def fit_cache(self) -> None:
+        """Cap the cache at what the device has memory for; on CUDA, once a forward has shown what a slot takes."""
+        if self.device.type != "cuda" or not self.cache.storage:
+            return
+        limit, free = self.cache.limit, torch.cuda.mem_get_info(self.device)[0]
+        fitting = int(_SHARE_OF_CACHE * free / self.cache.bytes_per_slot)
+        if 1 <= fitting < limit:
+            self.resize(fitting)
+            found = (self.name, fitting, limit, free / 2**30)
+            _log.warning("the cache of %s holds %d tokens at most, not %d: %.1f GB of memory are free", *found)
+
     def _settle_cache(self) -> None:
         """Let the cache have all its memory on CUDA, if there is plenty: recordings are lost when its tensors move."""
         if self.cache.num_allocated == self.cache.limit:
             return
-        tensors = [tensor for pair in self.cache.storage.values() for tensor in pair]
-        num_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors) * self.cache.limit
+        num_bytes = self.cache.bytes_per_slot * self.cache.limit
         free = torch.cuda.mem_get_info(self.device)[0]
         if num_bytes < free / 2:
             self.cache.allocate()

@@ -44,7 +44,10 @@ class Tiling:
 
 SHORT_SPANS = Tiling(rows=16, keys=64, split=256)  # decoding and verifying: bound by reading keys and values
 LONG_SPANS = Tiling(rows=64, keys=64, split=0)  # prompt chunks: enough queries to occupy the GPU without splits
-WIDE_SPANS = Tiling(rows=16, keys=32, split=256)  # more than 256 bytes in a key: shared memory holds fewer of them
+# More than 256, 512, 1024 bytes in a key: shared memory holds fewer of them. The smallest cards have 64 KB of it.
+WIDE_SPANS = Tiling(rows=16, keys=32, split=256)
+WIDER_SPANS = Tiling(rows=16, keys=16, split=256)
+WIDEST_SPANS = Tiling(rows=16, keys=16, split=256, num_stages=1)
 
 _CHOICES: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64),
@@ -58,7 +61,7 @@ _CHOICES: dict[str, tuple[int, ...]] = {
 def tiling_for(num_queries: int, bytes_per_key: int) -> Tiling:
     """By the span and the model alone, never by the batch."""
     if bytes_per_key > 256:
-        return WIDE_SPANS
+        return WIDE_SPANS if bytes_per_key <= 512 else WIDER_SPANS if bytes_per_key <= 1024 else WIDEST_SPANS
     return SHORT_SPANS if num_queries <= SHORT else LONG_SPANS
 
 

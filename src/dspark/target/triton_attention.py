@@ -203,7 +203,8 @@ def attend_slots(
         shape = Shape(batch, num_queries, slots.shape[1])
         tiling = tilings.fastest_known(geometry_of(query.shape[1], keys, values), shape) or tiling
     places = (slots, starts, positions, inside, rows, back)
-    return attend_in(tiling, query, keys, values, *places, scale, window, softcap, sinks)
+    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its tensors lie on
+        return attend_in(tiling, query, keys, values, *places, scale, window, softcap, sinks)
 
 
 def attend_tuned(*arguments) -> Tensor:
