@@ -219,16 +219,18 @@ def test_what_was_learned_survives_a_restart(tmp_path: Path) -> None:
         other.load(path)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", "nan", "shape"])
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "nan", "huge", "shape"])
 def test_a_corrupt_file_is_refused_and_changes_nothing(tmp_path: Path, damage: str) -> None:
     live, path = LiveBeliefs(), tmp_path / "beliefs.json"
     live.save(path)
     content = json.loads(path.read_text())
     if damage == "nan":
         content["classes"][""]["coefficients"][0] = float("nan")
+    if damage == "huge":
+        content["classes"][""]["num_rounds"] = 10**400
     if damage == "shape":
         content["classes"][""]["information"].pop()
-    path.write_text(json.dumps(content) if damage in ("nan", "shape") else damage)
+    path.write_text(json.dumps(content) if damage in ("nan", "huge", "shape") else damage)
     before = live.classes
     with pytest.raises(CheckpointError, match="delete it") as raised:
         live.load(path)

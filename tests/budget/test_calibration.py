@@ -164,7 +164,15 @@ def test_the_file_comes_back_and_sglang_can_read_its_own(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1, 2]", '{"temperatures": []}', '{"temperatures": [1, -2]}', '{"temperatures": [1], "format": 9}']
+    "content",
+    [
+        "",
+        "[1, 2]",
+        '{"temperatures": []}',
+        '{"temperatures": [1, -2]}',
+        '{"temperatures": [1], "format": 9}',
+        '{"temperatures": [1' + 400 * "0" + "]}",
+    ],
 )
 def test_a_corrupt_file_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "calibration.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -86,11 +87,12 @@ def test_a_corrupt_file_is_refused_or_measured_anew(text, tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
-def test_numbers_that_no_clock_gave_are_refused(capacity, tmp_path):
+@pytest.mark.parametrize(("place", "value"), [(3, [-1.0]), (3, [10**400]), (2, math.nan), (0, 10**400)])
+def test_numbers_that_no_clock_gave_are_refused(capacity, tmp_path, place, value):
     path = tmp_path / "capacity.json"
     capacity.save(path)
     state = json.loads(path.read_text())
-    state["decoding"]["places"][0][3] = [-1.0]
+    state["decoding"]["places"][0][place] = value
     path.write_text(json.dumps(state))
     with pytest.raises(InvalidConfiguration, match="not a capacity file"):
         Capacity.load(path, HERE)

@@ -303,7 +303,7 @@ class LiveBeliefs:
                 learner.restore(content["classes"][name])
             if _EVERYONE not in learners:
                 raise ValueError("no beliefs about all traffic")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} holds no beliefs about this target and drafter ({type(error).__name__}: {error}): delete it, and "
                 "they are learned anew"

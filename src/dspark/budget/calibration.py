@@ -159,7 +159,7 @@ class Calibration:
             return cls(
                 tuple(map(float, content["temperatures"])), tuple(map(float, content.get("offsets", ()))), origin
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} is not a calibration ({type(error).__name__}: {error}): delete it, and write it again with "
                 "dspark calibrate"

@@ -102,7 +102,7 @@ class Capacity:
             )
         except OSError as error:
             raise InvalidConfiguration(f"the capacity file {path} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise InvalidConfiguration(
                 f"{path} is not a capacity file ({type(error).__name__}: {error}): write one with `dspark profile`"
             ) from error

@@ -148,7 +148,8 @@ class CostCurve:
         curve = cls()
         for size, requests, context, seconds in state["places"]:
             values = [float(s) for s in seconds]
-            if not values or not all(math.isfinite(v) and v > 0 for v in (size, requests, *values)) or context < 0:
+            are_positive = all(math.isfinite(v) and v > 0 for v in (size, requests, *values))
+            if not (values and are_positive and math.isfinite(context) and context >= 0):
                 raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
             key = (_size_place(size), _request_place(requests), _context_place(context))
             place = Place(float(size), float(requests), float(context), seconds=deque(values, _MEDIAN_OF))
