@@ -16,6 +16,10 @@ from dspark import Engine, SamplingParams
 from serve.conftest import serving
 
 MESSAGES = [{"role": "user", "content": "What is a river?"}]
+NESTED: dict = {}
+for _ in range(800):
+    NESTED = {"items": NESTED}
+NESTED_CALL = {"function": {"name": "f", "arguments": "[" * 10_000}}
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4}
 
 
@@ -52,7 +56,11 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": False}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": NESTED}}]}, ""),
+        ({"messages": [{"role": "assistant", "tool_calls": [NESTED_CALL]}]}, ""),
         ({"tool_choice": "required"}, "tool_choice"),
     ],
 )

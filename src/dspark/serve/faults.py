@@ -68,6 +68,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         return ApiError(400, str(error), param)
     if isinstance(error, DSparkError):
         return ApiError(500, str(error))
+    if isinstance(error, RecursionError):
+        return ApiError(400, "something in the body is nested too deeply")
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
@@ -95,6 +97,7 @@ def add_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(DSparkError, known)
+    app.add_exception_handler(RecursionError, known)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unforeseen)

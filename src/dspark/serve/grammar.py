@@ -29,8 +29,12 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> JsonGrammar:
         """Any JSON value that the schema admits. Raises InvalidRequest for one that is wrong or not supported."""
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
-        return self.compile(text)
+        text = json.dumps({} if schema is True else schema)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+        except ValueError as error:  # `false`, or nested too deeply
+            raise InvalidRequest(f"the schema cannot be used as a grammar: {error}") from error
+        return self.compile(grammar)
 
     def calls(self, functions: Mapping[str, Mapping[str, Any]]) -> JsonGrammar:
         """{"name": ..., "arguments": ...} for one of the functions, given as name -> schema of its arguments."""
