@@ -87,12 +87,12 @@ def test_a_corrupt_file_is_refused_or_measured_anew(text, tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize(("place", "value"), [(3, [-1.0]), (3, [10**400]), (2, math.nan), (0, 10**400)])
+@pytest.mark.parametrize(("place", "value"), [(3, [-1.0]), (2, math.nan), (2, 1e308), (0, 1e308), (0, float)])
 def test_numbers_that_no_clock_gave_are_refused(capacity, tmp_path, place, value):
     path = tmp_path / "capacity.json"
     capacity.save(path)
     state = json.loads(path.read_text())
-    state["decoding"]["places"][0][place] = value
+    state["decoding"]["places"][0][place] = 10**400 if value is float else value  # too large to be one
     path.write_text(json.dumps(state))
     with pytest.raises(InvalidConfiguration, match="not a capacity file"):
         Capacity.load(path, HERE)

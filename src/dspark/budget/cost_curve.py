@@ -30,6 +30,7 @@ _LATEST = 4  # places that are looked at to see whether the fit has become old
 _ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
 _LEAST_SECONDS = 1e-7  # what clocks that leap have taught may say 0, by which others divide
 _SO_OFTEN = 5
+_LARGEST = 1e12  # tokens or seconds: more is nothing that anybody measured
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
 
 
@@ -148,8 +149,8 @@ class CostCurve:
         curve = cls()
         for size, requests, context, seconds in state["places"]:
             values = [float(s) for s in seconds]
-            are_positive = all(math.isfinite(v) and v > 0 for v in (size, requests, *values))
-            if not (values and are_positive and math.isfinite(context) and context >= 0):
+            are_measured = all(0 < v < _LARGEST for v in (size, requests, *values)) and 0 <= context < _LARGEST
+            if not values or not are_measured:
                 raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
             key = (_size_place(size), _request_place(requests), _context_place(context))
             place = Place(float(size), float(requests), float(context), seconds=deque(values, _MEDIAN_OF))
