@@ -60,10 +60,12 @@ def running(*argv: str, **env: str) -> Iterator[tuple[str, object, list[str]]]:
 def test_options_hold_and_sigterm_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
     beliefs = tmp_path / "beliefs.json"
     options = ("--max-num-seqs", "2", "--served-model-name", "mine", "--max-model-len", "200", "--seed", "5")
-    options += ("--beliefs", str(beliefs))
+    (tmp_path / "keys").write_text("another\n")
+    options += ("--beliefs", str(beliefs), "--api-key-file", str(tmp_path / "keys"))
     with running(*options, DSPARK_API_KEY="key", XDG_CACHE_HOME=str(tmp_path)) as (url, process, lines):
         headers = {"Authorization": "Bearer key"}
         assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer another"}).status_code == 200
         models = httpx.get(url + "/v1/models", headers=headers).json()["data"]
         assert [(m["id"], m["max_model_len"]) for m in models] == [("mine", 200)]
         sampled = {**CHAT, "temperature": 1, "max_tokens": 20}

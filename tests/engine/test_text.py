@@ -196,6 +196,14 @@ def test_a_prompt_that_cannot_be_served_says_why(tokenizer: Any, prompt: Any, ra
         render_prompt(tokenizer, prompt, raw=raw)
 
 
+@pytest.mark.parametrize("code", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"])
+def test_templates_run_in_a_sandbox(code: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    tokenizer.chat_template = code
+    with pytest.raises(InvalidRequest, match="refuses these messages"):
+        render_prompt(tokenizer, "Hi")
+
+
 def test_what_a_template_refuses_is_a_mistake_of_the_request() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"

@@ -59,6 +59,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": False}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": NESTED}}]}, ""),
         ({"messages": [{"role": "assistant", "tool_calls": [NESTED_CALL]}]}, ""),
         ({"tool_choice": "required"}, "tool_choice"),
