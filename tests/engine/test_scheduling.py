@@ -255,6 +255,22 @@ def test_what_lies_in_padding_means_nothing(target, texts, scheduler):
     assert sum(r.num_faults for r in records) == 0 < sum(sum(r.accepted) for r in records)
 
 
+class Silent(OracleDrafter):
+    """Has nothing to say, at some length."""
+
+    def propose(self, requests, rule):
+        num = len(requests)
+        return Draft(torch.zeros(num, 0), torch.full((num,), 3), probs=torch.zeros(num, 0, VOCAB_SIZE + 1))
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_a_draft_of_no_tokens_is_none_whatever_is_beside_it(target, texts, rule):
+    engine = Engine(target, Silent(texts), "algorithm1", rule)
+    for generation in engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=5)):
+        assert len(generation.token_ids) == 5
+        assert {(r.drafted, r.verified) for r in generation.rounds} == {(0, 0)}
+
+
 class CannotRead(Reader):
     def read(self, requests):
         raise RuntimeError("no memory for features")

@@ -87,7 +87,7 @@ class Drafting:
             )
             if draft.parents is not None:  # what lies in padding may point anywhere, and followers index with it
                 draft.parents = draft.parents.long().masked_fill(~draft.real, -1)
-            return draft
+            return draft if draft.tokens.numel() else Draft.empty(len(asked))
         self._give_up(record, asked, fault)
         return Draft.empty(len(asked))
 
