@@ -318,11 +318,16 @@ def mutant(rule: type, method: str, right: str, wrong: str) -> type:
 RESIDUAL = "residual = (p - q).clamp_min(0)"
 SIBLINGS = (-1, -1)
 BONUS = "one = torch.ones("
+RATIO = "float(p[token] / q[token]) if ordinal else ratios[child]"
 MUTANTS = {
     "residual is p": (mutant(Rejection, "_walk", RESIDUAL, "residual = p"), {}),
     "residual without clamp": (mutant(Rejection, "_walk", RESIDUAL, "residual = (p - q).abs()"), {}),
-    "p and q swapped": (mutant(Rejection, "_walk", "p[token] / q[token]", "q[token] / p[token]"), {}),
-    "always accepted": (mutant(Rejection, "_walk", "p[token] / q[token]", "p[token] / p[token]"), {}),
+    "p and q swapped": (mutant(Rejection, "_walk", RATIO, "min(1.0, float(q[token] / p[token]))"), {}),
+    "always accepted": (mutant(Rejection, "_walk", RATIO, "1.0"), {}),
+    "siblings judged as if each were the first": (
+        mutant(Rejection, "_walk", RATIO, "ratios[child]"),
+        {"drafter": TableDrafter(random_table(42), SIBLINGS), "keyed": False},
+    ),
     "bonus from the residual": (
         mutant(
             Rejection, "_walk", BONUS, f"p = (p - draft_law[node]).clamp_min(0) if path and node == 1 else p; {BONUS}"
@@ -330,7 +335,7 @@ MUTANTS = {
         {},
     ),
     "residual not renormalised": (
-        mutant(Rejection, "_walk", "residual / mass if mass > 0 else p", "residual"),
+        mutant(Rejection, "_walk", "torch.where(mass > 0, residual / mass, p)", "residual"),
         {"drafter": TableDrafter(random_table(42), SIBLINGS), "keyed": False},
     ),
     "q before the cut": (

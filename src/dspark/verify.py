@@ -11,6 +11,7 @@ Both rules commit tokens distributed as the target's own, for chains and trees (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from dspark.errors import InvalidConfiguration
 from dspark.noise import ACCEPT, COUPLED, DRAFT, RESIDUAL
 from dspark.sampling import Draws, KeyedDraws, law, shape_logits
-from dspark.transfer import on_device
+from dspark.transfer import columns_on_device, on_device
 from dspark.types import Draft, Request, Rule, Verdict
 
 
@@ -132,19 +133,21 @@ class Rejection:
     ) -> tuple[list[int], int]:
         """target_law [rows, V], draft_law [K, V] or None (picked outright): the accepted path and what follows it."""
         node, path = -1, list[int]()
+        ratios = _ratios(tree, target_law, draft_law)
         while True:
             p, position = target_law[tree.rows[node]], len(request.tokens) + len(path)
             for ordinal, child in enumerate(tree.children(node)):
                 token = tree.tokens[child]
                 q = _all_on(token, p) if draft_law is None else draft_law[child]
-                assert q[token] > 0, "a draft token that its own law excludes"
-                if self.draws.accepts(float(p[token] / q[token]), request.seed, position, ACCEPT + ordinal):
+                ratio = float(p[token] / q[token]) if ordinal else ratios[child]
+                assert math.isfinite(ratio), "a draft token that its own law excludes"
+                if self.draws.accepts(ratio, request.seed, position, ACCEPT + ordinal):
                     node = child
                     path.append(child)
                     break
                 residual = (p - q).clamp_min(0)
                 mass = residual.sum()
-                p = residual / mass if mass > 0 else p  # p = q up to rounding
+                p = torch.where(mass > 0, residual / mass, p)  # 0: p = q up to rounding
             else:
                 one = torch.ones(1, 1, dtype=p.dtype, device=p.device)
                 return path, int(self.draws.tokens(p.log()[None], one, [request.seed], [position], RESIDUAL))
@@ -154,7 +157,7 @@ class Tree:
     """The kept part of one request's draft: which row judges which token. A chain is a tree without siblings."""
 
     def __init__(self, tokens: list[int], parents: list[int], keep: list[bool]) -> None:
-        self.tokens = tokens
+        self.tokens, self.parents = tokens, parents
         self.rows = {-1: 0}  # node -> its row among the request's rows; the anchor is node -1
         self.paths: list[list[int]] = [[]]  # per row: draft tokens from the anchor to the node, itself included
         self._children: dict[int, list[int]] = {}
@@ -200,8 +203,19 @@ def _chances(target_law: Tensor, draft_law: Tensor | None, tokens: list[int]) ->
     return torch.minimum(judges, draft_law[: len(tokens)]).sum(-1).cpu()
 
 
+def _ratios(tree: Tree, target_law: Tensor, draft_law: Tensor | None) -> dict[int, float]:
+    """Of every kept node p / q, for when no sibling was tried before it: all in one copy, for which the host waits."""
+    nodes = [node for node in tree.rows if node >= 0]
+    if not nodes:
+        return {}
+    numbers = [nodes, [tree.rows[tree.parents[node]] for node in nodes], [tree.tokens[node] for node in nodes]]
+    places, rows, tokens = columns_on_device(numbers, target_law.device)
+    p = target_law[rows, tokens]
+    return dict(zip(nodes, (p if draft_law is None else p / draft_law[places, tokens]).tolist(), strict=True))
+
+
 def _all_on(token: int, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).index_fill_(0, torch.tensor(token, device=like.device), 1.0)
+    return torch.zeros_like(like).index_fill_(0, on_device([token], like.device), 1.0)
 
 
 def _columns(draft: Draft, keep: Tensor) -> list[tuple[list[int], list[int], list[bool]]]:
