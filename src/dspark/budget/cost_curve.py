@@ -40,6 +40,7 @@ class Place:
 
     expected  seconds that the first one was expected to take; 0: nothing was known
     latest    how many steps had been observed, anywhere, when the last one here was
+    fitted    the median that the last fit went by; 0: there was none
     """
 
     size: float
@@ -47,6 +48,7 @@ class Place:
     context: float
     expected: float = 0.0
     latest: int = 0
+    fitted: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
 
     @property
@@ -134,6 +136,8 @@ class CostCurve:
         gram = weighted.T @ x + np.diag(_reluctance(x.shape[1]))
         start = self._weights / typical if len(self._weights) else np.zeros(len(gram))
         self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
+        for place, median in zip(places, seconds.tolist(), strict=True):
+            place.fitted = median
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -183,10 +187,8 @@ class CostCurve:
 
     def _is_off(self) -> bool:
         """Whether steps like the last ones have come to take something else than at the last fit."""
-        places = [p for p in islice(reversed(self._places.values()), _LATEST) if len(p.seconds) > _MEDIAN_OF // 2]
-        at = ((round(p.size), round(p.requests), round(p.context)) for p in places)
-        ratios = [p.median * self.speed / self.seconds_of(*where) for p, where in zip(places, at, strict=True)]
-        return any(abs(math.log(ratio)) > _SPEED_CHANGE for ratio in ratios)
+        places = (p for p in islice(reversed(self._places.values()), _LATEST) if len(p.seconds) > _MEDIAN_OF // 2)
+        return any(not p.fitted or abs(math.log(p.median / p.fitted)) > _SPEED_CHANGE for p in places)
 
     def _follow_speed(self) -> None:
         """When most of the last steps took longer than the same steps before, all steps do."""
