@@ -105,7 +105,7 @@ class CostCurve:
         place.latest = self.num_observed
         if self._follow_speed() or (self.num_observed % _SPEED_FROM == 0 and self._is_off()):
             self._fit_after = min(self._fit_after, self._fitted_at + _FEWEST_BETWEEN_FITS)
-        if self.num_observed >= self._fit_after:
+        if self.num_observed >= self._fit_after or (self.num_observed % _SPEED_FROM == 0 and self._is_elsewhere()):
             self.fit()
             self._fitted_at = self.num_observed
             self._fit_after = self.num_observed + min(_MOST_BETWEEN_FITS, max(1, self.num_observed // 4))
@@ -189,8 +189,15 @@ class CostCurve:
 
     def _is_off(self) -> bool:
         """Whether steps like the last ones have come to take something else than at the last fit."""
-        places = (p for p in islice(reversed(self._places.values()), _LATEST) if len(p.seconds) > _MEDIAN_OF // 2)
-        return any(not p.fitted or abs(math.log(p.median / p.fitted)) > _SPEED_CHANGE for p in places)
+        return any(p.fitted and abs(math.log(p.median / p.fitted)) > _SPEED_CHANGE for p in self._latest())
+
+    def _is_elsewhere(self) -> bool:
+        """Whether some of the last steps are of sizes that the last fit did not know."""
+        return any(not p.fitted for p in self._latest())
+
+    def _latest(self) -> list[Place]:
+        places = islice(reversed(self._places.values()), _LATEST)
+        return [place for place in places if len(place.seconds) > _MEDIAN_OF // 2]
 
     def _follow_speed(self) -> bool:
         """When most of the last steps took longer than the same steps before, all steps do. Whether it was so."""

@@ -38,7 +38,7 @@ class GuardSettings:
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
     reconsider_every  steps between decisions while there are about as many requests; eight times as many while it is off,
-                      four times where drafts clearly pay
+                      up to four times where drafts have clearly paid for a while
     """
 
     min_observations: int = 24
@@ -52,7 +52,7 @@ class GuardSettings:
     reconsider_every: int = 8
 
 
-_MOST_REQUESTS = 4096
+_MOST_REQUESTS, _MOST_KINDS = 4096, 64
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _OTHERS = 24  # requests drafted for last, by which others of their kind are judged
 _OTHERS_HALF_LIFE = 8.0  # requests
@@ -94,9 +94,10 @@ class Guard:
         self._asked: frozenset[int] = frozenset()  # drafted for in this step
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
-        self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
+        self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
+        self._num_clear = 0  # decisions, one after the other, to draft because it clearly pays
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
@@ -128,6 +129,8 @@ class Guard:
             self.reason = "measuring a plain step"
             return []
         if self._is_due(request_ids, load.num_requests):
+            if self._decided_for != _about(load.num_requests):
+                self._num_clear = 0
             self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
             self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if not self.is_drafting:
@@ -149,22 +152,27 @@ class Guard:
         if not asked:
             self._last_plain = self._now
             return
-        if record.survival is None:
-            survival = np.zeros((len(record.request_ids), 1))
-        else:
-            survival = record.survival.double().numpy()
-        for request_id, row in zip(record.request_ids, survival, strict=True):
+        nothing = np.zeros((len(record.request_ids), 1))
+        survival = nothing if record.survival is None else record.survival.double().numpy()
+        promised = nothing if record.kept is None else survival * record.kept.numpy()
+        for b, request_id in enumerate(record.request_ids):
             if request_id in asked:  # one that found nothing to propose has promised nothing
-                self._remember(request_id, row)
+                self._remember(request_id, survival[b])
+                self._compare(self._kinds.get(request_id), record.accepted[b], float(promised[b].sum()))
         self._num_judged += len(asked)
-        fade = min(1.0, _TRUST_MEMORY / (self._predicted + 1e-9))
-        self._accepted = self._accepted * fade + sum(record.accepted)
-        self._predicted = self._predicted * fade + record.predicted_accepted
 
-    @property
-    def trust(self) -> float:
-        """Accepted draft tokens for each that beliefs had promised, lately."""
-        return min(1.5, self._accepted / self._predicted)
+    def trust(self, kind: Hashable = None) -> float:
+        """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
+        accepted, promised = self._trust.get(kind, (1.0, 1.0))
+        return min(1.5, accepted / promised)
+
+    def _compare(self, kind: Hashable, accepted: float, promised: float) -> None:
+        # As if beliefs had been right before.
+        before, promised_before = self._trust.get(kind, (_TRUST_PRIOR, _TRUST_PRIOR))
+        fade = min(1.0, _TRUST_MEMORY / promised_before)
+        self._trust[kind] = (before * fade + accepted, promised_before * fade + promised)
+        if len(self._trust) > _MOST_KINDS:
+            del self._trust[next(iter(self._trust))]
 
     def _remember(self, request_id: int, row: Floats) -> None:
         if request_id not in self._by_request:
@@ -194,7 +202,7 @@ class Guard:
 
     def _is_due(self, request_ids: Sequence[int], num_requests: int) -> bool:
         """A decision costs about as much as a tenth of a small step, and while nothing is drafted little is learned."""
-        every = self.settings.reconsider_every * (8 if not self.is_drafting else 4 if self._advantage > _CLEARLY else 1)
+        every = self.settings.reconsider_every * (min(4, 1 + self._num_clear) if self.is_drafting else 8)
         if self._decided_for != _about(num_requests) or self._now - self._decided_at >= every:
             return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
@@ -218,6 +226,7 @@ class Guard:
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
         # Of few requests drafted for, little is to be expected either way.
         self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
+        self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
         if self.is_drafting and not was_drafting:
             self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
         self._num_chosen = best
@@ -263,7 +272,8 @@ class Guard:
                 length = min(len(row), samples.shape[2])
                 samples[n, b, :length] = row[:length]
         promised = np.maximum(samples.sum(2).mean(0), 1e-9)
-        return np.minimum(samples * (self.trust * long_run / promised)[:, None], 1.0)
+        trust = np.array([self.trust(self._kinds.get(i)) for i in request_ids])
+        return np.minimum(samples * (trust * long_run / promised)[:, None], 1.0)
 
     def _usual(self, kind: Hashable) -> float:
         """Accepted tokens promised by a draft of requests of this kind, by those drafted for last."""
