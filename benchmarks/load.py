@@ -235,7 +235,8 @@ def whole_batch(peer: Contender, texts: list[list[int]], seed: int, num_requests
     fitting = [text for text in texts if len(text) + num_tokens <= _VLLM_CONTEXT]
     chosen = [fitting[(seed + n) % len(fitting)] for n in range(num_requests)]
     run = peer.run(chosen, num_tokens, 0.0, seed)
-    return Slice(seconds=run.seconds, tokens=sum(map(len, run.token_ids)))
+    tokens = sum(map(len, run.token_ids))
+    return Slice(seconds=run.seconds, tokens=tokens, work=[(tokens, 0, run.seconds)])
 
 
 def arrivals(

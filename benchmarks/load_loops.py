@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dspark import Engine, SamplingParams
 from dspark.types import Request, StepRecord
 
 
 @dataclass
 class Slice:
-    """One policy at work for a while. Seconds are those of its steps; prompts that are read in between are among them."""
+    """One policy at work for a while. Seconds are those of its steps; prompts that are read in between are among them.
+
+    work  of each step: tokens committed, prompt tokens read, seconds
+    """
 
     seconds: float = 0.0
     tokens: int = 0
+    work: list[tuple[int, int, float]] = field(default_factory=list)
     steps: int = 0
     asked: int = 0
     decoded: int = 0  # requests in all steps together
@@ -29,8 +35,10 @@ class Slice:
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, record: StepRecord, num_committed: int) -> None:
-        self.seconds += record.step_seconds + record.draft_seconds
+        seconds = record.step_seconds + record.draft_seconds
+        self.seconds += seconds
         self.tokens += num_committed
+        self.work.append((num_committed, record.num_prompt_tokens, seconds))
         self.steps += 1
         self.asked += record.num_asked
         self.decoded += len(record.request_ids)
@@ -45,6 +53,30 @@ class Slice:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class PlainCost:
+    """Seconds of plain decoding for each committed token and for each prompt token.
+
+    Policies come to the same requests at different moments: a turn in which a long prompt is read commits few tokens, in
+    whichever policy it falls. What a turn has done is therefore counted in seconds that plain decoding takes for it.
+    """
+
+    per_token: float
+    per_prompt_token: float
+
+    @classmethod
+    def of(cls, plain: Sequence[Slice]) -> PlainCost:
+        """Least squares over all steps."""
+        work = np.array([step for s in plain for step in s.work], dtype=float)
+        per_token, per_prompt_token = np.linalg.lstsq(work[:, :2], work[:, 2])[0]
+        return cls(float(per_token), max(0.0, float(per_prompt_token)))
+
+    def speed(self, slice: Slice) -> float:
+        """How many seconds' worth of plain decoding were done in a second."""
+        prompt_tokens = sum(step[1] for step in slice.work)
+        return (self.per_token * slice.tokens + self.per_prompt_token * prompt_tokens) / slice.seconds
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load_loops import Arrivals, Slice
+from benchmarks.load_loops import Arrivals, PlainCost, Slice
 
 # Two-sided 95 % of Student's t by degrees of freedom.
 _T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
@@ -17,9 +17,8 @@ _T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy at one load. ratio: speed over that of `off` in the same repeat, mean and half its 95 % interval.
-
-    What is not known of a peer is 0.
+    """One policy at one load. ratio: work done per second over that of `off` in the same repeat, mean and half its 95 %
+    interval (PlainCost says what work is). What is not known of a peer is 0.
     """
 
     policy: str
@@ -41,8 +40,9 @@ def cell(
 ) -> Cell:
     # Whole batches are compared with whole batches.
     plain = all_slices["batch: off" if policy.startswith("batch: ") else "off", num_requests]
+    cost = PlainCost.of(plain)
     # Logarithms, so that twice as fast and half as fast are as far from equal.
-    logs = [math.log(s.tokens_per_second / p.tokens_per_second) for s, p in zip(slices, plain, strict=True)]
+    logs = [math.log(cost.speed(s) / cost.speed(p)) for s, p in zip(slices, plain, strict=True)]
     mean = statistics.mean(logs)
     within = _T[min(len(logs) - 2, len(_T) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0
     decoded, verified = max(1, sum(s.decoded for s in slices)), sum(s.verified for s in slices)
@@ -52,7 +52,7 @@ def cell(
     return Cell(
         policy,
         num_requests,
-        statistics.median(s.tokens_per_second for s in slices),
+        sum(s.tokens for s in slices) / seconds,
         math.exp(mean),
         math.exp(mean) * within,
         verified / decoded,
@@ -168,7 +168,7 @@ def plot(path: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> None:
         left.errorbar(loads, [c.ratio for c in own], [c.ratio_within for c in own], **style)
         middle.plot([c.tokens_per_second / c.num_requests for c in own], [c.tokens_per_second for c in own], **style)
         right.plot(loads, [c.budget for c in own], **style)
-    left.set(xscale="log", xlabel="requests at a time", ylabel="tokens/s over plain decoding")
+    left.set(xscale="log", xlabel="requests at a time", ylabel="speed over plain decoding")
     middle.set(xscale="log", xlabel="tokens/s per request", ylabel="tokens/s of all requests")
     right.set(xscale="log", xlabel="requests at a time", ylabel="draft tokens verified per request and step")
     left.legend(fontsize=8)

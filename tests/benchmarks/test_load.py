@@ -14,7 +14,8 @@ WORK = dict(prompts=[[3, 1, 4], [1, 5]], seed=0, shortest=4, longest=8)
 
 
 def slices(policy: str, *speeds: float) -> dict[tuple[str, int], list[Slice]]:
-    return {(policy, 4): [Slice(seconds=1.0, tokens=s, decoded=10, verified=20, accepted=5) for s in speeds]}
+    counts = dict(seconds=1.0, decoded=10, verified=20, accepted=5)
+    return {(policy, 4): [Slice(tokens=s, work=[(s, 0, 1.0)], **counts) for s in speeds]}
 
 
 def test_ratios_are_of_the_same_repeat():
@@ -25,6 +26,20 @@ def test_ratios_are_of_the_same_repeat():
     assert (cells[1].budget, cells[1].tau, cells[1].wasted) == (2.0, 1.5, 0.75)
     each, sweep = verdicts(cells)
     assert "auto at 1.333 of the best fixed choice (fixed:3)" in each and "+33.3 % against fixed:3" in sweep
+
+
+def test_a_long_prompt_is_work_in_whichever_turn_it_falls():
+    def turn(*steps: tuple[int, int, float]) -> Slice:
+        return Slice(seconds=sum(s for *_, s in steps), tokens=sum(t for t, *_ in steps), work=list(steps))
+
+    decoding, reading = [(8, 0, 0.01)] * 10, (8, 500, 0.11)  # 10 ms for eight tokens, and 100 for 500 of a prompt
+    faster = [(tokens, prompt, seconds / 2) for tokens, prompt, seconds in (*decoding, reading)]
+    every = {
+        ("off", 8): [turn(*decoding, reading), turn(*decoding, *decoding)],
+        ("auto", 8): [turn(*faster[:-1]), turn(*faster)],
+    }
+    auto = cell("auto", 8, every["auto", 8], every)
+    assert auto.ratio == pytest.approx(2) and auto.ratio_within == pytest.approx(0, abs=1e-9)
 
 
 def test_whole_batches_are_compared_with_whole_batches():
