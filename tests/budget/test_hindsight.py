@@ -73,5 +73,5 @@ def test_promises_and_what_came_of_them():
     assert (found["num_steps"], found["verified"], found["accepted"], found["predicted_accepted"]) == (2, 8, 3, 6.0)
     assert found["seconds"] - found["predicted_seconds"] == pytest.approx(2 * 0.3)
     assert found["skipped_drafts"] == {"cost": 2} and found["faults"] == 1
-    for part in ("4.0 draft tokens verified per step", "3 accepted of 6 promised", "2 (cost)", "1 lost", "regret"):
+    for part in ("4.0 draft tokens verified per step", "3 accepted (6 expected)", "2 (cost)", "1 lost", "regret"):
         assert part in summary.line()

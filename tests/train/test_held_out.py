@@ -41,6 +41,13 @@ def test_files_are_read_whole_in_any_usual_form(tmp_path: Path) -> None:
     assert questions_of(tmp_path / "mine.jsonl") == {"mine": ["five"]}
 
 
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    rows = [{"prompt": "one\u2028line"}, {"prompt": "two"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert sorted(questions_of(tmp_path)["a"]) == ["one\u2028line", "two"]
+
+
 def test_domains_take_turns() -> None:
     questions = {"a": ["a1", "a2", "a3"], "b": ["b1"]}
     assert choose(questions, 3) == [("a", "a1"), ("b", "b1"), ("a", "a2")]

@@ -33,10 +33,12 @@ def test_every_spelling_of_a_conversation_is_the_same_record(row: dict[str, obje
     ("row", "message"),
     [
         ([1, 2], "expected one JSON object; got a list"),
-        ({"id": 3}, "expected conversations, messages or a text.*got the keys id"),
+        ({"id": 3}, "expected conversations, messages, prompt, .* or a text.*got the keys id"),
         ({"text": ""}, "a text that is not empty"),
         ({"conversations": []}, "expected turns"),
         ({"conversations": "hello"}, "expected turns"),
+        ({"turns": [1]}, "has no text"),
+        ({"prompt": ""}, "got the keys prompt"),
         ({"conversations": [{"role": "user"}]}, "one lacks a key"),
         ({"conversations": [{"role": "user", "content": None}]}, "one lacks a key or has no text"),
     ],
@@ -61,9 +63,20 @@ def test_a_bad_line_stops_the_reading_with_its_place(tmp_path: Path) -> None:
 def test_or_is_skipped_and_still_counted(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
     found = list(read_records([str(tmp_path / "a.jsonl")], on_error="skip"))
-    assert [type(f) for f in found] == [Record, Malformed, Record, Malformed, Malformed, Record]
-    assert [f.where.rpartition(" ")[2] for f in found] == ["1", "2", "3", "4", "5", "6"]
-    assert "UTF-8" in found[4].reason  # type: ignore[union-attr]
+    assert [type(f) for f in found] == [Record, Malformed, Record, Malformed, Record]
+    assert [f.where.rpartition(" ")[2] for f in found] == ["1", "2", "3", "5", "6"]  # line 4 is empty
+    assert "UTF-8" in found[3].reason  # type: ignore[union-attr]
+
+
+def test_files_from_windows_are_read_like_others(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree\r\n\r\nfour")
+    assert [r.text for r in read_records([str(tmp_path)]) if isinstance(r, Record)] == ["one", "two", "three\n\nfour"]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Hello"}, {"question": "Hello"}, {"turns": ["Hello"]}])
+def test_a_question_is_a_conversation_that_nobody_has_answered(row: dict[str, object]) -> None:
+    assert as_record({"id": 7, **row}, "here") == Record("7", "here", HELLO[:1])
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:

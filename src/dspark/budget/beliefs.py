@@ -182,7 +182,8 @@ class LiveBeliefs:
         learner = self.classes[name]
         if learner.num_rounds > self._logged_at.get(name, -np.inf) + self.settings.memory:
             log.warning(
-                "traffic%s has changed: recent drafts fare other than believed, by %.1f standard deviations; learning anew",
+                "the traffic%s has changed: recent drafts were accepted more or less often than expected, by %.1f standard "
+                "deviations; learning anew",
                 f" of class {name!r}" if name else "",
                 learner.drift_at_alarm,
             )

@@ -96,14 +96,15 @@ class Hindsight:
         if not self.verified and not self.skipped:
             return "no draft token was verified"
         parts = [f"{self.verified / max(1, self.num_steps):.1f} draft tokens verified per step"]
-        parts.append(f"{self.accepted} accepted of {self.predicted_accepted:.0f} promised")
+        parts.append(f"{self.accepted} accepted ({self.predicted_accepted:.0f} expected)")
         if self.seconds:
-            parts.append(f"steps took {self.seconds / self.predicted_seconds - 1:+.0%} against prediction")
+            excess = self.seconds / self.predicted_seconds - 1
+            parts.append(f"steps {abs(excess):.0%} {'slower' if excess > 0 else 'faster'} than predicted")
         if self.skipped:
             parts.append("drafts skipped: " + ", ".join(f"{n} ({why})" for why, n in self.skipped.most_common()))
         if self.num_faults:
             parts.append(f"{self.num_faults} lost to drafter faults")
-        parts.append(f"regret {self.regret:.0%}")
+        parts.append(f"regret {self.regret:.0%} (time that perfect foresight would save)")
         return ", ".join(parts)
 
 

@@ -150,11 +150,13 @@ def _report(
 ) -> None:
     by_name = {c.name: c for c in found}
     width = max(len(r.name) for r in [baseline, *runs])
-    together = "one at a time" if args.batch == 1 else f"{args.batch} at a time"
+    what = f"{len(runs[0].units)} " + (
+        "prompts, one at a time" if args.batch == 1 else f"batches of {args.batch} prompts"
+    )
     facts = runs[0].facts
     print(
-        f"{len(runs[0].units)} units of prompts {together}, {args.repeats} repeats in turns, temperature "
-        f"{args.temperature:g}; {args.target}, {facts['dtype']}, {facts['hardware']}, {facts['threads']} threads"
+        f"{what}, {args.repeats} times with each setup in turn, temperature {args.temperature:g}; "
+        f"{args.target}, {facts['dtype']}, {facts['hardware']}, threads: {facts['threads']}"
     )
     print(f"{'':{width}}  tokens/s    tau")
     for r in runs if baseline in runs else [baseline, *runs]:

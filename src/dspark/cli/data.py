@@ -98,7 +98,7 @@ def _prepare(args: argparse.Namespace) -> int:
     reasons = counts.skipped_by_reason()
     say(
         f"{counts.read} records read = {counts.written} written + {counts.skipped} skipped; "
-        f"{counts.tokens} tokens, {counts.learned} to learn from, in {args.out}"
+        f"{counts.tokens:,} tokens, {counts.learned:,} to learn from, in {args.out}"
     )
     for reason, count in reasons:
         say(f"skipped {count}: {reason}")
@@ -124,8 +124,10 @@ def _regenerate(args: argparse.Namespace) -> int:
     _save_counts(args.out, tally)
     say(
         f"{tally.num_records} records read = {tally.written} written + {tally.failed} failed + {tally.skipped} skipped; "
-        f"{tally.truncated} truncated; {tally.tokens} tokens answered, in {args.out}"
+        f"{tally.tokens:,} tokens answered, in {args.out}"
     )
+    if tally.truncated:
+        say(f"{tally.truncated} truncated: answers cut off at {settings.max_new} tokens (--max-new)")
     return 0
 
 
@@ -215,4 +217,4 @@ class _Reporter:
         if now - self.last >= 10:
             self.last = now
             speed = (tally.tokens - self.first_tokens) / (now - self.started)
-            say(f"{tally.num_records} records, {tally.tokens} tokens, {speed:.0f} tokens/s")
+            say(f"{tally.num_records} records, {tally.tokens:,} tokens, {speed:.0f} tokens/s")

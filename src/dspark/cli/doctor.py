@@ -68,7 +68,7 @@ def _read_prompts(path: str | None) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise InvalidConfiguration(f"{path} does not exist; expected a text file with one prompt per line")
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if not prompts:
         raise InvalidConfiguration(f"{path} has no prompt; expected one per line")
     return prompts

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(dict(_flat(facts)))
         if problems is not None:
-            print(f"does not fit {args.target}:" if problems else f"fits {args.target}")
+            as_draft = ", as a draft model" if facts["kind"] == "target" else ""
+            print(f"does not fit {args.target}{as_draft}:" if problems else f"fits {args.target}{as_draft}")
             for problem in problems or ():
                 print(f"  - {problem}")
     return DOES_NOT_FIT if problems else 0

@@ -100,7 +100,8 @@ def _rows(engine: Any, requests: tuple[int, ...], contexts: tuple[int, ...]) -> 
 def _print(rows: list[dict[str, float]]) -> None:
     """Milliseconds of drafting, and of steps by how many draft tokens per request they verify."""
     names = list(rows[0])
-    print("  ".join(f"{name:>9}" for name in names), "  (ms)")
+    print("milliseconds: of drafting, and of a step in which the target verifies 0, 1, ... draft tokens per request")
+    print("  ".join(f"{name:>9}" for name in names))
     for row in rows:
         values = [f"{row[n]:.0f}" if n in ("requests", "context") else f"{1000 * row[n]:.2f}" for n in names]
         print("  ".join(f"{value:>9}" for value in values))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.models import add_hub, add_target, add_threads, open_target, set_threads
-from dspark.cli.terminal import new_file, progress, say
+from dspark.cli.terminal import new_file, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     law_checks: list[LawCheck] = []
     for temperature in args.temperature:
         params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens, seed=args.seed)
-        with progress(f"temperature {temperature:g}, {len(texts)} prompts", args.no_color):
+        with progress(f"temperature {temperature:g}, {len(texts)} prompts", args.no_color), quiet_drift():
             if args.rule == "coupled" or temperature == 0:
                 check = lossless.check_tokens(speculative, plain, texts, params, args.batch, dtype, logits_of, raw)
                 token_checks.append(check)
@@ -128,7 +128,7 @@ class _Single:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--prompts-file: {error}") from error
     if not any(lines):

@@ -45,7 +45,7 @@ class Sample:
 def from_file(path: Path) -> list[Sample]:
     """One prompt a line; in a .jsonl file an object with `prompt` or `messages`, and `domain` if it likes."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the prompts cannot be read: {error}") from error
     read = _of_json if path.suffix == ".jsonl" else Sample

@@ -87,20 +87,21 @@ def estimate(trainer: Trainer) -> Iterator[str]:
     """Lines to print."""
     settings, plan = trainer.settings, trainer.plan
     num_tokens = sum(map(len, trainer.train_texts))
-    yield f"texts: {len(plan.texts)}, {num_tokens} tokens to train on, {len(trainer.validation_texts)} held out"
+    yield f"texts: {len(plan.texts):,}, {num_tokens:,} tokens to train on, {len(trainer.validation_texts)} texts held out"
     for student in trainer.students:
         yield from _sizes(student)
     config = trainer.target.config
     size = cache_size(
         plan.texts, len(trainer.online.layer_ids) * config.hidden_size, config.hidden_size, trainer.target.dtype
     )
-    yield f"traces: {size.bytes_per_token} bytes per token; --cache would take {size.num_bytes / 1e9:.3g} GB"
+    on_disk = _size(size.num_bytes)
+    yield f"traces: {size.bytes_per_token} bytes per token of the target's states; --cache would take {on_disk} of disk"
     yield from _loss_bytes(trainer)
     measured = measure(trainer)
     speed = measured.tokens_per_step / measured.seconds_per_step
     yield (
         f"measured: {measured.seconds_per_step:.3g} s per step of {measured.tokens_per_step:.0f} tokens "
-        f"({speed:.0f} tokens/s), peak memory {measured.peak_bytes / 1e9:.3g} GB, target included"
+        f"({speed:.0f} tokens/s), peak memory {_size(measured.peak_bytes)}, target included"
     )
     passes = settings.steps * measured.tokens_per_step / num_tokens
     yield (
@@ -109,11 +110,15 @@ def estimate(trainer: Trainer) -> Iterator[str]:
     )
     expected = expected_tau(settings.steps * measured.positions_per_step)
     yield (
-        f"tau to expect at temperature 1: about {expected.tau:.1f}, {expected.low:.1f} to {expected.high:.1f} over the "
-        "domains and drafters of the embedded pair"
-        + (" (outside of what its curve covers)" if expected.is_beyond_curve else "")
-        + "; one curve of one small target, so yours may lie outside of that: validation will tell"
+        f"tau to expect at temperature 1: about {expected.tau:.1f} ({expected.low:.1f} to {expected.high:.1f} over the "
+        "domains and drafters of the embedded pair)"
+        + (", beyond what was measured there" if expected.is_beyond_curve else "")
+        + ". This comes from one small target; validation will tell what yours does"
     )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def _sizes(student: Student) -> Iterator[str]:
@@ -123,7 +128,7 @@ def _sizes(student: Student) -> Iterator[str]:
     state = 12 * trained + 8 * (trained - matrices) + 4 * matrices
     yield (
         f"{student.recipe.name}: {trained:,} parameters (embedding and head are the target's), "
-        f"{state / 1e9:.3g} GB for weights, gradients, running mean and optimiser"
+        f"{_size(state)} for weights, gradients, running mean and optimiser"
     )
 
 
@@ -134,6 +139,6 @@ def _loss_bytes(trainer: Trainer) -> Iterator[str]:
         rows = trainer.settings.anchors_per_batch * student.recipe.config.block_size
         dense = rows * vocab * 4
         yield (
-            f"{student.recipe.name}: a [rows, vocabulary] tensor is {CHUNK_ROWS * vocab * 4 / 1e6:.3g} MB in chunks of "
-            f"{CHUNK_ROWS} rows; all {rows} at once would be {dense / 1e6:.3g} MB, five times over"
+            f"{student.recipe.name}: the loss takes {_size(CHUNK_ROWS * vocab * 4)} per tensor of {CHUNK_ROWS} rows x "
+            f"vocabulary; all {rows:,} rows at once would take {_size(dense)}, five times over"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from dspark.errors import InvalidConfiguration
 from dspark.train.data import Source, first_user_turn, read_rows, split_held_out
-from dspark.train.records import Malformed, as_record
+from dspark.train.records import UTF8, Malformed, as_record
 from dspark.train.regenerate import RegenerateSettings
 from dspark.train.settings import read_recipe
 
@@ -70,7 +70,7 @@ def _by_shares(pools: dict[Source, list[str]], rng: random.Random) -> list[str]:
 
 def _questions_in(file: Path) -> list[str]:
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text_of(file).split("\n"), 1):
         if line.strip():
             where = f"{file}, line {number}"
             try:
@@ -81,13 +81,15 @@ def _questions_in(file: Path) -> list[str]:
     return questions
 
 
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding=UTF8)
+    except UnicodeDecodeError as error:
+        raise InvalidConfiguration(f"{file}: expected UTF-8; {error}") from error
+
+
 def _first_question(row: Any, where: str) -> str:
-    """What the user says first: a chat record, or what evaluation sets have (turns, prompt, question)."""
-    for key in ("turns", "prompt", "question"):
-        value = row.get(key) if isinstance(row, dict) else None
-        text = value[0] if isinstance(value, list) and value else value
-        if isinstance(text, str) and text:
-            return text
+    """What the user says first."""
     record = as_record(row, where)
     if isinstance(record, Malformed):
         raise InvalidConfiguration(f"{where}: {record.reason}. Mend or remove it")

@@ -1,6 +1,7 @@
-"""Text as users have it: chat records, ShareGPT records or plain text, in JSONL, Parquet, text files or a hub dataset.
+"""Text as users have it: chat records, ShareGPT records, questions or plain text; JSONL, Parquet, text files, hub datasets.
 
-Every line of the input is accounted for: it is a record, or a `Malformed` that says where it is and what is wrong.
+Every line of the input is accounted for unless it is empty: it is a record, or a `Malformed` that says where it is and
+what is wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from dspark.errors import InvalidConfiguration
 
 SUFFIXES = (".jsonl", ".parquet", ".txt", ".md")
+UTF8 = "utf-8-sig"  # files from Windows may begin with a byte order mark
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's
 _PIECE = 2000  # characters of a text file that make one record
 
@@ -88,9 +90,11 @@ def _files(path: Path) -> list[Path]:
 def _from_jsonl(file: Path) -> Iterator[Record | Malformed]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue  # the end of many files
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode(UTF8))
             except UnicodeDecodeError as error:
                 yield Malformed(where, f"expected UTF-8; {error}")
             except json.JSONDecodeError as error:
@@ -107,7 +111,7 @@ def _from_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[Record | Malformed]:
 def _from_text(file: Path) -> Iterator[Record | Malformed]:
     """Pieces of a text file, cut at blank lines."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding=UTF8)
     except UnicodeDecodeError as error:
         yield Malformed(str(file), f"expected UTF-8; {error}")
         return
@@ -123,17 +127,22 @@ def _from_text(file: Path) -> Iterator[Record | Malformed]:
 
 
 def as_record(row: Any, where: str) -> Record | Malformed:
-    """{"conversations" or "messages": turns} or {"text"}; turns have role and content, or from and value."""
+    """{"conversations" or "messages": turns}, a question to be answered, or {"text"}.
+
+    Turns have role and content, or from and value. A question is what evaluation sets have: {"prompt"}, {"question"}, or
+    {"turns"}, what the user says one after the other.
+    """
     if not isinstance(row, Mapping):
         return Malformed(where, f"expected one JSON object; got a {type(row).__name__}")
     name = str(row.get("id", where))
-    turns = row.get("conversations", row.get("messages"))
+    turns = row.get("conversations", row.get("messages", None if row.get("text") else _questions(row)))
     if turns is None:
         text = row.get("text")
         if isinstance(text, str) and text:
             return Record(name, where, text=text)
         keys = ", ".join(map(str, row)) or "none"
-        return Malformed(where, f"expected conversations, messages or a text that is not empty; got the keys {keys}")
+        expected = "conversations, messages, prompt, question, turns or a text that is not empty"
+        return Malformed(where, f"expected {expected}; got the keys {keys}")
     if isinstance(turns, (str, bytes)) or not isinstance(turns, Sequence) or not turns:
         return Malformed(where, 'expected turns [{"role": ..., "content": ...}, ...]; got none')
     messages = []
@@ -146,6 +155,15 @@ def as_record(row: Any, where: str) -> Record | Malformed:
             )
         messages.append({"role": _ROLES.get(role, role), "content": content})
     return Record(name, where, tuple(messages))
+
+
+def _questions(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    asked = next((row[key] for key in ("turns", "prompt", "question") if row.get(key)), None)
+    if isinstance(asked, str):
+        asked = [asked]
+    if not isinstance(asked, list):
+        return None
+    return [dict(turn) if isinstance(turn, Mapping) else {"role": "user", "content": turn} for turn in asked]
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:

@@ -107,6 +107,22 @@ class ProgressBar:
             print(line, file=sys.stderr, flush=True)
 
 
+def for_people(name: str, kind: str, row: Row, num_steps: int, note: str = "") -> str:
+    """One row as a line: losses, then how drafts fare by decoding, if that was tried. The CSV file has the rest."""
+    line = f"{name}: step {row['step']:.0f} of {num_steps}, {kind} loss {row['total']:.4g}"
+    parts = [
+        f"{part.replace('_', ' ')} {row[part]:.3g}" for part in ("cross_entropy", "l1", "confidence") if row.get(part)
+    ]
+    line += f" ({', '.join(parts)})" if parts else ""
+    if "decoded_tau" in row:
+        accepted = [f"{value:.2f}" for column, value in row.items() if column.startswith("accepted_")]
+        line += f", decoded tau {row['decoded_tau']:.2f} ± {row['decoded_tau_error']:.2f}"
+        line += f", accepted by draft position: {' '.join(accepted)}"
+    else:
+        line += f", tau about {row['tau']:.2f}"  # were every token the start of a block
+    return line + (f", {note}" if note else "")
+
+
 def time_left(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     whole = round(max(0.0, seconds))

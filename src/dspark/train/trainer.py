@@ -28,7 +28,7 @@ from dspark.train.distributed import Objective, gathered, join, mean_over_proces
 from dspark.train.files import replace_file
 from dspark.train.plan import Plan, identity
 from dspark.train.report import write_report
-from dspark.train.run_log import Curves, ProgressBar, time_left
+from dspark.train.run_log import Curves, ProgressBar, for_people, time_left
 from dspark.train.student import Student, numbers
 from dspark.train.texts import Text, batches, pad, split_validation
 from dspark.train.traces import TargetStates
@@ -202,8 +202,7 @@ class Trainer:
         if self.curves:
             self.curves[self.students.index(student)].add(kind, row)
         if not self.is_quiet:
-            shown = " ".join(f"{name} {value:g}" for name, value in row.items() if name not in ("tokens", "positions"))
-            bar.say(f"{student.recipe.name} {kind}: {shown} {note}".rstrip())
+            bar.say(for_people(student.recipe.name, kind, row, self.settings.steps, note))
 
     # -- validation -----------------------------------------------------------------------------------------------------
 
