@@ -17,6 +17,7 @@ from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.drafters.none import NoDrafter
 from dspark.errors import CheckpointError, InvalidConfiguration
+from dspark.target.plan import View
 from dspark.target.target import Target
 from engine.models import VOCAB_SIZE, random_target
 
@@ -41,7 +42,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return random_target(tmp_path_factory.mktemp("target"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("none", NoDrafter), ("ngram", NGramDrafter), ("self", SelfDrafter)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("none", NoDrafter), ("ngram", NGramDrafter), ("self", SelfDrafter), ("sparse", SelfDrafter)],
+)
 def test_built_in(name: str, kind: type, target: Target) -> None:
     assert isinstance(load_drafter(name, target), kind)
 
@@ -49,6 +53,14 @@ def test_built_in(name: str, kind: type, target: Target) -> None:
 def test_options_reach_the_drafter(target: Target) -> None:
     assert load_drafter("ngram", target, length=3).length == 3
     assert load_drafter("self", target, length=2, num_layers=1).model.num_layers == 1
+    assert load_drafter("self", target, window=8, num_layers=1).model.view == View(4, 8)
+
+
+def test_sparse_is_the_target_itself_seeing_less(target: Target) -> None:
+    model = load_drafter("sparse", target).model
+    assert (model.num_layers, model.view) == (target.num_layers, View(4, 512))
+    assert model.model is target.model and model.cache is target.cache and target.view is None
+    assert load_drafter("sparse", target, num_layers=2, sinks=0).model.num_layers == 2
 
 
 @pytest.mark.parametrize(
@@ -57,7 +69,10 @@ def test_options_reach_the_drafter(target: Target) -> None:
         ("ngram", {"lenght": 3}, r"no option 'lenght'; did you mean 'length'\? It takes length, longest, shortest"),
         ("none", {"length": 3}, "no option 'length'. It takes no options"),
         ("ngram", {"length": 0}, "length >= 1"),
-        ("ngarm", {}, r"no drafter is called 'ngarm'; did you mean 'ngram'\? There are none, ngram, self"),
+        ("sparse", {"window": 0}, "1 or more; got 0"),
+        ("sparse", {"sinks": -1}, "0 or more; got -1"),
+        ("self", {"sinks": 4}, "give window as well"),
+        ("ngarm", {}, r"no drafter is called 'ngarm'; did you mean 'ngram'\? There are none, ngram, self, sparse"),
         ("zzz", {}, "no drafter is called 'zzz'. There are"),
         ("dspark", {}, "comes with the embedded target tiny"),
         ("nowhere.py:make", {}, "nowhere.py does not exist"),
@@ -99,7 +114,7 @@ def test_drafters_of_the_embedded_pair(tmp_path: Path, target: Target, monkeypat
         load_drafter("dflash", target)
     with pytest.raises(
         InvalidConfiguration,
-        match=r"did you mean 'dspark'\? There are none, ngram, self, dspark, dflash, eagle3, draft",
+        match=r"did you mean 'dspark'\? There are none, ngram, self, sparse, dspark, dflash, eagle3, draft",
     ):
         load_drafter("dspork", target)
 

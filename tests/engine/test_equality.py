@@ -10,6 +10,7 @@ from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.drafters.tree import TreeDrafter
 from dspark.engine.engine import Engine
+from dspark.target.plan import View
 from dspark.types import SamplingParams
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_logits
 
@@ -69,6 +70,8 @@ def make_drafter(name, target, small, texts):
         return DraftModelDrafter(target.truncated(target.num_layers), length=3)
     if name == "self":
         return SelfDrafter(target, num_layers=2, length=3)
+    if name == "sparse":
+        return SelfDrafter(target, target.num_layers, length=3, view=View(2, 5))
     return OracleDrafter(texts, tree=name == "oracle tree")
 
 
@@ -107,7 +110,7 @@ def test_history_matters(target, prompts):
 
 
 @pytest.mark.parametrize(
-    "drafter", ["ngram", "draft model", "draft model's tree", "self", "oracle chain", "oracle tree"]
+    "drafter", ["ngram", "draft model", "draft model's tree", "self", "sparse", "oracle chain", "oracle tree"]
 )
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_text_is_that_of_plain_decoding(drafter, setting, target, small, prompts, plain):
@@ -129,7 +132,7 @@ def test_text_is_that_of_plain_decoding(drafter, setting, target, small, prompts
         )
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "draft model", "self", "oracle chain", "oracle tree"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "draft model", "self", "sparse", "oracle chain", "oracle tree"])
 @pytest.mark.parametrize("seed", range(3))
 def test_joining_leaving_chunks_and_preemption_change_nothing(drafter, seed, target, small, prompts, plain):
     setting = ["plain law", "penalties", "greedy"][seed]
@@ -162,7 +165,20 @@ def test_a_draft_model_equal_to_the_target_is_always_accepted(target, small, pro
             assert [r.accepted for r in g.rounds[:-1]] == [4] * (len(g.rounds) - 1)
 
 
-def test_self_drafter_with_all_layers_is_always_accepted(target, prompts):
-    engine = Engine(target, SelfDrafter(target, num_layers=target.num_layers, length=4), "fixed:4")
-    for g in engine.generate(prompts, SamplingParams(max_tokens=21, seed=3)):
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("view", [None, View(2, 49), View(0, 51)])
+def test_self_drafter_with_all_layers_that_sees_all_is_always_accepted(target, prompts, view, temperature, rule):
+    engine = Engine(target, SelfDrafter(target, target.num_layers, length=4, view=view), "fixed:4", rule=rule)
+    for g in engine.generate(prompts, SamplingParams(temperature=temperature, max_tokens=21, seed=3)):
         assert [r.accepted for r in g.rounds[:-1]] == [4] * (len(g.rounds) - 1)
+
+
+def test_self_drafter_that_sees_less_is_sometimes_wrong(target, prompts):
+    engine = Engine(target, SelfDrafter(target, target.num_layers, length=4, view=View(2, 40)), "fixed:4")
+    accepted = [
+        [r.accepted for r in g.rounds[:-1]]
+        for g in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=41))
+    ]
+    assert accepted[1] == [4] * len(accepted[1])  # all of it is in view
+    assert sum(accepted[5]) < 4 * len(accepted[5])  # 71 tokens are not

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dspark.target import Target
+from dspark.target.plan import View
 from dspark.types import Span
 from target.tape import RunAgain
 
@@ -23,6 +25,13 @@ def fresh_compiler() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def read_and_drop(target: Target, spans: list[Span], layers: tuple[int, ...]) -> torch.Tensor:
+    logits = target.extend(spans, layers).logits
+    for span in spans:
+        target.keep(span.request_id, span.start, ())
+    return logits
 
 
 def test_steady_state_compiles_nothing(make_pair: Callable[..., Any]) -> None:
@@ -48,6 +57,11 @@ def test_steady_state_compiles_nothing(make_pair: Callable[..., Any]) -> None:
                 torch.testing.assert_close(piece, expected, atol=2e-5, rtol=0)
                 target.keep(span.request_id, span.start, range(rng.randint(1, len(span.tokens))))
             assert found.features.shape == (sum(len(span.tokens) for span in spans), 64)
+            held = target.cache.request_ids[: 1 + step % 3]
+            spans = [Span(request, target.cache.length(request), (5,), num_logits=1) for request in held]
+            seeing = target.seeing(View(3, 4))  # through the same graphs
+            compiled, eager = (read_and_drop(seeing, spans, features) for features in (layers, (0,)))
+            torch.testing.assert_close(compiled, eager, atol=2e-5, rtol=0)
             if step == 5:  # the cache grows
                 target.cache.reserve(55, 1500)
                 target.release(55)

@@ -50,7 +50,10 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 class Case:
-    """Spans of `sizes` tokens after `starts` cached ones, with keys and values in random slots; unused slots are NaN."""
+    """Spans of `sizes` tokens after `starts` cached ones, with keys and values in random slots; unused slots are NaN.
+
+    hidden: between the first three cached tokens and the others so many are left out.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Case:
         value_width: int = 64,
         trees: bool = False,
         is_block: bool = False,
+        hidden: list[int] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(sum(starts) + 31 * sum(sizes))
         batch, num_queries = len(starts), max(sizes)
@@ -94,7 +98,10 @@ class Case:
         if is_block:
             inside = torch.ones(batch, num_queries, num_queries, dtype=torch.bool) & is_real[:, None]
         positions = torch.tensor(starts)[:, None] + torch.where(is_real, depth, 0)
-        visibility = Visibility(torch.tensor(starts), positions, inside, max(num_keys))
+        firsts = None
+        if hidden is not None:
+            positions, firsts = positions + torch.tensor(hidden)[:, None], torch.full((batch,), 3)
+        visibility = Visibility(torch.tensor(starts), positions, inside, max(num_keys), firsts)
         self.group = Group(slots, visibility, rows, is_real.flatten().nonzero()[:, 0])
 
     def run(self, kernel: Kernel, **options: object) -> Tensor:
@@ -156,6 +163,14 @@ def test_a_kernel_equals_torch(
 )
 def test_windows_softcaps_and_sinks(kernel: Kernel, options: dict[str, object], trees: bool) -> None:
     Case([150, 2, 64], [5, 9, 1], torch.float32, trees=trees).assert_equal(kernel, **options)
+
+
+@pytest.mark.parametrize("window", [5, 37, 75])
+@pytest.mark.parametrize("trees", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_windows_count_what_a_view_leaves_out(kernel: Kernel, dtype: torch.dtype, trees: bool, window: int) -> None:
+    case = Case([150, 3, 64, 9], [5, 9, 1, 2], dtype, trees=trees, hidden=[30, 70, 0, 1])
+    case.assert_equal(kernel, window=window)
 
 
 def test_blocks_see_themselves_whole(kernel: Kernel) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import InvalidConfiguration
+from dspark.target.plan import View
 from dspark.target.target import Target
 from dspark.types import Draft, Request, Rule, Span
 
@@ -80,18 +81,23 @@ class DraftModelDrafter:
 
 
 class SelfDrafter:
-    """The target's own first layers as the draft model, on the target's own cache.
+    """The target's own first layers as the draft model, on the target's own cache, or on a view of it.
 
     Committed tokens need no second reading: verification has already written what the first layers need. The anchor and
-    the draft are written while drafting and freed again before the target verifies them.
+    the draft are written while drafting and freed again before the target verifies them. With a view, attention in a
+    draft step costs the same however long the context is (MagicDec, arXiv 2408.11049, over StreamingLLM's keys).
     """
 
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(self, target: Target, num_layers: int | None = None, length: int = 4) -> None:
+    def __init__(
+        self, target: Target, num_layers: int | None = None, length: int = 4, view: View | None = None
+    ) -> None:
         if length < 1:
             raise InvalidConfiguration(f"length must be 1 or more; got {length}")
         self.model = target.truncated(max(1, target.num_layers // 2) if num_layers is None else num_layers)
+        if view is not None:
+            self.model = self.model.seeing(view)
         self.length = length
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:

@@ -27,6 +27,7 @@ from dspark.drafters.none import NoDrafter
 from dspark.drafters.tree import TreeDrafter
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.loading import embedded_pair_folder, load_target
+from dspark.target.plan import View
 from dspark.target.target import Target
 from dspark.types import Drafter
 
@@ -36,9 +37,9 @@ EMBEDDED = ("dspark", "dflash", "eagle3", "draft")  # folders beside the embedde
 def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **options: Any) -> Drafter:
     """The drafter of this name for this target; options are those of its class.
 
-    `none`, `ngram`, `self`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id of a block
-    drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options) gives a
-    Drafter.
+    `none`, `ngram`, `self`, `sparse`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id
+    of a block drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options)
+    gives a Drafter.
     """
     name = os.fspath(name_path_or_id)
     if isinstance(target, str):
@@ -62,11 +63,33 @@ def _ngram(target: Target, length: int = 7, longest: int = 3, shortest: int = 1)
     return NGramDrafter(length, longest, shortest)
 
 
-def _self(target: Target, num_layers: int | None = None, length: int = 4) -> Drafter:
-    return SelfDrafter(target, num_layers, length)
+def _self(
+    target: Target, num_layers: int | None = None, length: int = 4, window: int | None = None, sinks: int | None = None
+) -> Drafter:
+    if window is None and sinks is not None:
+        raise InvalidConfiguration(f"sinks={sinks} are kept beside a window: give window as well, or leave sinks out")
+    view = None if window is None else _view(window, 4 if sinks is None else sinks)
+    return SelfDrafter(target, num_layers, length, view)
 
 
-_BUILT_IN: dict[str, Callable[..., Drafter]] = {"none": _none, "ngram": _ngram, "self": _self}
+def _sparse(
+    target: Target, num_layers: int | None = None, length: int = 4, window: int = 512, sinks: int = 4
+) -> Drafter:
+    """All layers, over a view of the cache."""
+    return SelfDrafter(target, target.num_layers if num_layers is None else num_layers, length, _view(window, sinks))
+
+
+def _view(window: int, sinks: int) -> View:
+    if window < 1:
+        raise InvalidConfiguration(
+            f"window counts the last tokens that a draft token sees, itself included: 1 or more; got {window}"
+        )
+    if sinks < 0:
+        raise InvalidConfiguration(f"sinks counts the first tokens that a draft token sees: 0 or more; got {sinks}")
+    return View(sinks, window)
+
+
+_BUILT_IN: dict[str, Callable[..., Drafter]] = {"none": _none, "ngram": _ngram, "self": _self, "sparse": _sparse}
 WITHOUT_CHECKPOINT = tuple(_BUILT_IN)
 
 

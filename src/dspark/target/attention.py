@@ -84,7 +84,7 @@ def _attend_group(
     if attend_slots is not None:
         seen = group.visibility
         places = (group.slots, seen.starts, seen.positions, seen.inside, group.rows, group.back)
-        return attend_slots(flat, keys, values, *places, scaling, window or 0, softcap or 0.0, sinks)
+        return attend_slots(flat, keys, values, *places, scaling, window or 0, softcap or 0.0, sinks, seen.firsts)
     queries = flat if group.rows is None else flat.index_select(0, group.rows.view(-1))
     queries = queries.unflatten(0, (batch, num_queries)).transpose(1, 2)  # [B, H, N, D]
     k, v = gather(keys, group.slots).transpose(1, 2), gather(values, group.slots).transpose(1, 2)  # [B, KV, S, D]

@@ -78,7 +78,8 @@ class _Inputs:
     def __init__(self, size: Size, cache: KVCache, device: torch.device) -> None:
         t, b, n, s = size.tokens, size.requests, size.queries, size.context
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("ids", "positions", "write", "logit_rows", "back"), (t,))
-        shapes |= {"starts": (b,), "queries": (b, n), "rows": (b, n), "slots": (b, s), "inside": (b, n, n)}
+        shapes |= dict.fromkeys(("starts", "firsts"), (b,)) | dict.fromkeys(("queries", "rows"), (b, n))
+        shapes |= {"slots": (b, s), "inside": (b, n, n)}
         sizes = {name: prod(shape) * (1 if name == "inside" else 8) for name, shape in shapes.items()}
         ends = np.cumsum([-(-count // _ALIGNED) * _ALIGNED for count in sizes.values()]).tolist()
         self.size, self._scratch = size, cache.scratch
@@ -100,7 +101,7 @@ class _Inputs:
         group, seen, num_tokens = plan.groups[0], plan.groups[0].visibility, len(plan.write)
         batch, num_queries = group.shape
         self._lay_out(ids=token_ids, positions=positions, logit_rows=logit_rows, starts=seen.starts, rows=group.rows)
-        self._lay_out(queries=seen.positions, inside=seen.inside)
+        self._lay_out(queries=seen.positions, inside=seen.inside, firsts=seen.firsts)
         inside = self.host["inside"]
         inside[batch:, :, 0] = inside[:, num_queries:, 0] = True  # a query that sees nothing has no softmax
         self._lay_out(self._scratch, write=plan.write, slots=group.slots)
@@ -123,7 +124,7 @@ class _Inputs:
         """Of these tensors; a new one for each run, because a plan keeps what attention has made of it."""
         x, is_alone = self.tensors, self.size.requests == 1
         inside = None if self.size.queries == 1 else x["inside"]
-        group = Group(x["slots"], Visibility(x["starts"], x["queries"], inside, self.size.context))
+        group = Group(x["slots"], Visibility(x["starts"], x["queries"], inside, self.size.context, x["firsts"]))
         if not is_alone:
             group.rows, group.back = x["rows"], x["back"]
         return Plan(x["write"], [group])

@@ -76,6 +76,7 @@ class CompiledForward:
             "starts": visibility.starts,
             "queries": visibility.positions,
             "inside": visibility.inside,
+            "firsts": visibility.firsts,
             "rows": group.rows,
             "back": group.back,
         }
@@ -104,13 +105,14 @@ class CompiledForward:
             starts: Tensor,
             queries: Tensor,
             inside: Tensor | None,
+            firsts: Tensor,
             rows: Tensor | None,
             back: Tensor | None,
             pairs: list[tuple[Tensor, Tensor]],
         ) -> tuple[Tensor, Tensor | None]:
             for tensor in (tensor for pair in pairs for tensor in pair):  # one size instead of one for each
                 torch._check(tensor.shape[0] == pairs[0][0].shape[0])
-            group = Group(slots, Visibility(starts, queries, inside, slots.shape[1]), rows, back)
+            group = Group(slots, Visibility(starts, queries, inside, slots.shape[1], firsts), rows, back)
             output = model(
                 input_ids=ids,
                 position_ids=positions,
@@ -155,7 +157,14 @@ def _mark_sizes(kind: str, arrays: dict[str, Tensor | None], pairs: Sequence[tup
         dynamic |= {"ids": (1,), "positions": (1,), "write": (0,), "logit_rows": (0,), "queries": (1,)}
         dynamic |= {"inside": (1, 2)}
     if kind == _MANY:
-        dynamic |= {"starts": (0,), "slots": (0, 1), "queries": (0, 1), "inside": (0, 1, 2), "rows": (0, 1)}
+        dynamic |= {
+            "starts": (0,),
+            "firsts": (0,),
+            "slots": (0, 1),
+            "queries": (0, 1),
+            "inside": (0, 1, 2),
+            "rows": (0, 1),
+        }
         dynamic |= {"back": (0,)}
     for name, sizes in dynamic.items():
         for size in sizes:

@@ -14,7 +14,9 @@ from dspark.target.plan import SHORT
 from dspark.target.tilings import geometry_of
 
 AttendSlots = Callable[..., Tensor]
-"""(query, keys, values, slots, starts, positions, inside, rows, back, scale, window, softcap, sinks) -> [T', H, Dv]"""
+"""(query, keys, values, slots, starts, positions, inside, rows, back, scale, window, softcap, sinks, firsts=None)
+
+-> [T', H, Dv]; sinks are a layer's own, firsts those of plan.Visibility."""
 
 IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 

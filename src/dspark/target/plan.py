@@ -21,34 +21,54 @@ from dspark.types import Span
 SHORT = 16  # spans up to this many tokens are padded to a common length and attended in one batch
 
 
+@dataclass(frozen=True)
+class View:
+    """What a span sees of its request: its first tokens and its last ones, the span's own among these (StreamingLLM).
+
+    Keys stay as they lie, rotated for their absolute positions.
+    """
+
+    num_first: int
+    num_last: int
+
+    def num_before(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """[B]  cached tokens that spans of `sizes` tokens after `starts` cached ones see."""
+        return np.minimum(starts, self.num_first + np.maximum(self.num_last - sizes, 0))
+
+
 @dataclass
 class Visibility:
     """Who sees whom in B spans of up to N tokens over up to S keys each. Spans' own tokens are their last keys.
 
     starts     [B]        keys before the span: all visible
-    positions  [B, N]     position of each query
+    positions  [B, N]     position of each query; a span's first is where it begins
     inside     [B, N, N]  inside[b, i, j]: token i of the span sees its token j; None: a chain
     num_keys              S
+    firsts     [B]        keys that begin the request: those that a view leaves out come after them. None: it has all
     """
 
     starts: Tensor
     positions: Tensor
     inside: Tensor | None
     num_keys: int
+    firsts: Tensor | None = None
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, N, S]  0 where visible and -inf elsewhere; a window counts positions, so it also holds for trees."""
         batch, num_queries = self.positions.shape
         index = torch.arange(self.num_keys, device=self.starts.device)
         relative = index - self.starts[:, None]  # [B, S]  index within the span; negative: cached before it
+        key_positions = index[None]
+        if self.firsts is not None:
+            num_hidden = self.positions[:, :1] - self.starts[:, None]
+            key_positions = torch.where(index < self.firsts[:, None], index, index + num_hidden)
         if self.inside is None:
             visible = relative[:, None] <= torch.arange(num_queries, device=index.device)[:, None]
-            key_positions = index[None]
         else:
             within = relative.clamp(0, num_queries - 1)
             seen = self.inside.gather(2, within[:, None].expand(batch, num_queries, self.num_keys))
             visible = (relative < 0)[:, None] | (seen & (relative < num_queries)[:, None])
-            key_positions = torch.where(relative < 0, index, self.positions.gather(1, within))
+            key_positions = torch.where(relative < 0, key_positions, self.positions.gather(1, within))
         if window is not None:
             visible = visible & (self.positions[:, :, None] - key_positions[:, None] < window)
         return torch.zeros((), dtype=dtype, device=index.device).masked_fill(~visible, float("-inf"))[:, None]
@@ -191,10 +211,11 @@ def make_plan(
     inputs: Inputs,
     cache: KVCache,
     for_graph: bool = False,
+    view: View | None = None,
 ) -> Plan:
     """The plan on the host. for_graph: a graph will run this if it can, so leave nothing out that it takes."""
     for_graph = for_graph and len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
-    groups = [_plan_group(spans, inputs, members, cache, for_graph) for members in inputs.groups]
+    groups = [_plan_group(spans, inputs, members, cache, for_graph, view) for members in inputs.groups]
     is_for_graph = for_graph and groups[0].slots.shape[1] > 1
     return Plan(torch.from_numpy(inputs.write), groups, is_for_graph)
 
@@ -207,7 +228,7 @@ def move(plan: Plan, arrays: Sequence[np.ndarray], device: torch.device) -> list
     places: list[tuple[Any, str]] = [(plan, "write")]
     for group in plan.groups:
         places += [(group, name) for name in ("slots", "rows", "back", "tokens")]
-        places += [(group.visibility, name) for name in ("starts", "positions", "inside")]
+        places += [(group.visibility, name) for name in ("starts", "positions", "inside", "firsts")]
     places = [(owner, name) for owner, name in places if getattr(owner, name) is not None]
     moved = together_on_device([*tensors, *(getattr(owner, name) for owner, name in places)], device)
     for (owner, name), tensor in zip(places, moved[len(tensors) :], strict=True):
@@ -215,9 +236,16 @@ def move(plan: Plan, arrays: Sequence[np.ndarray], device: torch.device) -> list
     return moved[: len(tensors)]
 
 
-def _plan_group(spans: Sequence[Span], inputs: Inputs, members: list[int], cache: KVCache, for_graph: bool) -> Group:
+def _plan_group(
+    spans: Sequence[Span], inputs: Inputs, members: list[int], cache: KVCache, for_graph: bool, view: View | None
+) -> Group:
     starts = np.array([spans[b].start for b in members])
     sizes = np.array([len(spans[b].tokens) for b in members])
+    firsts = None
+    if view is not None:
+        starts = view.num_before(starts, sizes)
+    if view is not None or for_graph:
+        firsts = torch.full((len(members),), 0 if view is None else view.num_first)
     is_alone = len(members) == 1
     num_queries, num_keys = int(sizes.max()), int((starts + sizes).max())
     if for_graph and not is_alone:
@@ -235,8 +263,10 @@ def _plan_group(spans: Sequence[Span], inputs: Inputs, members: list[int], cache
     if needs_inside:
         inside = torch.from_numpy(_chains(is_real) if is_chain else _inside(spans, members, num_queries))
     return Group(
-        slots=torch.from_numpy(_slots(spans, members, starts, num_keys, cache)),
-        visibility=Visibility(torch.from_numpy(starts), torch.from_numpy(inputs.positions[rows]), inside, num_keys),
+        slots=torch.from_numpy(_slots(spans, members, starts, num_keys, cache, view)),
+        visibility=Visibility(
+            torch.from_numpy(starts), torch.from_numpy(inputs.positions[rows]), inside, num_keys, firsts
+        ),
         rows=None if covers_all and in_order else torch.from_numpy(rows),
         back=None if in_order else torch.from_numpy(np.flatnonzero(is_real)),
         tokens=None if covers_all else torch.from_numpy(rows[is_real]),
@@ -261,13 +291,19 @@ def _inside(spans: Sequence[Span], members: list[int], num_queries: int) -> np.n
     return inside
 
 
-def _slots(spans: Sequence[Span], members: list[int], starts: np.ndarray, num_keys: int, cache: KVCache) -> np.ndarray:
-    """[B, S]  slots of each request, padded with the first one that its span writes."""
+def _slots(
+    spans: Sequence[Span], members: list[int], starts: np.ndarray, num_keys: int, cache: KVCache, view: View | None
+) -> np.ndarray:
+    """[B, S]  slots that each span sees, padded with the first one that it writes."""
+    seen: list[np.ndarray] = []
+    for b, start in zip(members, starts.tolist(), strict=True):
+        span, owned = spans[b], cache.slots_of(spans[b].request_id)
+        if view is not None and start < span.start:
+            owned = np.concatenate([owned[: view.num_first], owned[view.num_first + span.start - start :]])
+        seen.append(owned[: start + len(span.tokens)])
     if len(members) == 1:
-        return cache.slots_of(spans[members[0]].request_id)[None]
+        return seen[0][None]
     slots = np.empty((len(members), num_keys), dtype=np.int64)
-    for i, b in enumerate(members):
-        owned = cache.slots_of(spans[b].request_id)
-        slots[i, : len(owned)] = owned
-        slots[i, len(owned) :] = owned[starts[i]]
+    for row, own, start in zip(slots, seen, starts.tolist(), strict=True):
+        row[: len(own)], row[len(own) :] = own, own[start]
     return slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from dspark.target.captured import CapturedForward, GraphRecorder, Outputs, Reco
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
-from dspark.target.plan import Plan, in_short_pieces, make_plan, move, read_spans
+from dspark.target.plan import Plan, View, in_short_pieces, make_plan, move, read_spans
 from dspark.types import Span
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Target:
     name            for people
     max_length      tokens that one request may have
     end_token_ids   tokens after which the model has nothing more to say
+    view            what spans see of their requests; None: everything
     is_deterministic  logits have the same bits whatever is computed together (target/deterministic.py)
     """
 
@@ -71,6 +73,7 @@ class Target:
         self.end_token_ids = _end_token_ids(model, tokenizer)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.is_deterministic = False
+        self.view: View | None = None
         # By feature layers: what runs short forwards instead of transformers' own way.
         self._compiled: dict[tuple[int, ...], CompiledForward | CapturedForward] = {}
         self._recorder: Recorder | None = None
@@ -119,7 +122,7 @@ class Target:
             pieces = in_short_pieces(spans) if self.is_deterministic else spans
             inputs = read_spans(pieces, write)
             compiled = self._compiled.get(feature_layers)
-            plan = make_plan(pieces, inputs, self.cache, for_graph=compiled is not None)
+            plan = make_plan(pieces, inputs, self.cache, compiled is not None, self.view)
             plan.in_fixed_order = self.is_deterministic
             run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
             place = self.device
@@ -255,6 +258,7 @@ class Target:
     def truncated(self, num_layers: int) -> Target:
         """The same weights stopping after the first `num_layers`, final norm and head on top, over the same cache.
 
+        All of them: itself, with its compiled forwards.
         It sees this target's requests and slots. What it appends has keys and values in the first layers only: drop
         it with keep(request_id, start, []) before this target extends the request.
         """
@@ -262,8 +266,19 @@ class Target:
             raise InvalidConfiguration(
                 f"the first {num_layers} layers were asked for; {self.name} has {self.num_layers}, so ask for 1 or more"
             )
+        if num_layers == self.num_layers:
+            return self
         model = with_layers(self.model, self.layers, self.layers[:num_layers])
         return Target(model, self.tokenizer, f"{self.name}[:{num_layers}]", self.cache, num_layers)
+
+    def seeing(self, view: View) -> Target:
+        """The same model over the same cache with the same compiled forwards, attending to no more than the view.
+
+        What it appends was made from less than everything: drop it as that of `truncated`.
+        """
+        seeing = copy.copy(self)
+        seeing.view = view
+        return seeing
 
 
 def _max_length(config: Any) -> int:

@@ -40,6 +40,7 @@ def _attend_splits(
     positions,  # [B, N]
     inside,  # [B, N, N]; chains: not read
     rows,  # [B, N]; without: not read
+    firsts,  # [B]; without: not read
     sums,  # [B * N, H, splits, DV] float32: weighted values, relative to the highest score
     tops,  # [B * N, H, splits] float32: highest score
     masses,  # [B * N, H, splits] float32: sum of weights
@@ -60,6 +61,7 @@ def _attend_splits(
     KEYS: tl.constexpr,
     HAS_INSIDE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_FIRSTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -85,9 +87,13 @@ def _attend_splits(
         visible_end = start + last + 1
     end = tl.minimum(tl.minimum(visible_end, num_slots), (own_split + 1) * split)
     first = own_split * split
+    first_keys, num_hidden = 0, 0  # of the request's beginning, and those left out after them
+    if HAS_FIRSTS:
+        first_keys = tl.load(firsts + b)
+        num_hidden = tl.load(positions + b * num_queries) - start
     if window > 0:
         oldest = tl.min(tl.where(is_real, position, 2147483647), 0)
-        unseen = tl.maximum(tl.minimum(start, oldest - window + 1), 0) // KEYS * KEYS
+        unseen = tl.maximum(tl.minimum(start, oldest - window + 1 - num_hidden), 0) // KEYS * KEYS
         first = tl.maximum(first, unseen)
     end = tl.where(last < 0, first, end)  # a tile of padding sees nothing
 
@@ -116,7 +122,8 @@ def _attend_splits(
         if window > 0:
             in_span = exists & (key >= start) & (key < start + num_queries)
             own = tl.load(positions + b * num_queries + key - start, in_span, other=0)
-            seen = seen & (position[:, None] - tl.where(key < start, key, own)[None, :] < window)
+            cached = tl.where(key < first_keys, key, key + num_hidden)
+            seen = seen & (position[:, None] - tl.where(key < start, cached, own)[None, :] < window)
         scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(highest > float("-inf"), highest, 0.0)  # a row that sees nothing yet
@@ -190,6 +197,7 @@ def attend_slots(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    firsts: Tensor | None = None,
     tuned: bool = False,
 ) -> Tensor:
     """query [T, H, D], keys [slots, KV, D], values [slots, KV, Dv] -> [T', H, Dv]; the rest as in plan.Group.
@@ -204,7 +212,7 @@ def attend_slots(
         tiling = tilings.fastest_known(geometry_of(query.shape[1], keys, values), shape) or tiling
     places = (slots, starts, positions, inside, rows, back)
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its tensors lie on
-        return attend_in(tiling, query, keys, values, *places, scale, window, softcap, sinks)
+        return attend_in(tiling, query, keys, values, *places, scale, window, softcap, sinks, firsts)
 
 
 def attend_tuned(*arguments) -> Tensor:
@@ -227,6 +235,7 @@ def attend_in(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    firsts: Tensor | None = None,
 ) -> Tensor:
     """attend_slots in tiles of that kind."""
     assert keys.is_contiguous() and values.is_contiguous(), "keys and values are rows of slots"
@@ -250,6 +259,7 @@ def attend_in(
         positions,
         positions if inside is None else inside.contiguous().view(torch.uint8),
         positions if rows is None else rows.contiguous(),
+        positions if firsts is None else firsts.contiguous(),
         sums,
         tops,
         masses,
@@ -270,6 +280,7 @@ def attend_in(
         KEYS=tiling.keys,
         HAS_INSIDE=inside is not None,
         HAS_ROWS=rows is not None,
+        HAS_FIRSTS=firsts is not None,
         HAS_SOFTCAP=softcap > 0,
         INTERPRETED=not query.is_cuda,
         num_warps=tiling.num_warps,

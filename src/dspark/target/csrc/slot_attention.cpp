@@ -38,6 +38,7 @@ struct Problem {
   int64_t num_slots, num_queries, window;  // window 0: none
   C scale, softcap;          // softcap 0: none
   const C* sinks;            // [H] or null
+  const int64_t* firsts;     // [B] or null: no key is left out
 };
 
 // The queries of one request: rows of q and of the output, and their places n within the span.
@@ -45,10 +46,16 @@ struct Rows {
   std::vector<int64_t> query, output, place;
 };
 
-inline bool sees(const int64_t* positions, const bool* inside, int64_t window, int64_t start, int64_t n, int64_t num_queries, int64_t key) {
-  const int64_t within = key - start;
+// The cached keys of one request: `first` from its beginning, then `hidden` that were left out, then the rest.
+struct Cached {
+  int64_t start, first, hidden;
+  int64_t position(int64_t key) const { return key < first ? key : key + hidden; }
+};
+
+inline bool sees(const int64_t* positions, const bool* inside, int64_t window, const Cached& cached, int64_t n, int64_t num_queries, int64_t key) {
+  const int64_t within = key - cached.start;
   if (within >= 0 && !(inside ? inside[n * num_queries + within] : within <= n)) return false;
-  return window == 0 || positions[n] - (within < 0 ? key : positions[within]) < window;
+  return window == 0 || positions[n] - (within < 0 ? cached.position(key) : positions[within]) < window;
 }
 
 template <typename T>
@@ -231,6 +238,7 @@ void attend(
   const int64_t* slots = p.slots + b * p.num_slots;
   const int64_t* positions = p.positions + b * p.num_queries;
   const bool* inside = p.inside ? p.inside + b * p.num_queries * p.num_queries : nullptr;
+  const Cached cached = p.firsts ? Cached{start, p.firsts[b], positions[0] - start} : Cached{start, 0, 0};
   const C lowest = -std::numeric_limits<C>::infinity();
 
   static thread_local std::vector<W> queries, sixteen, key;
@@ -246,7 +254,7 @@ void attend(
   int64_t first = 0;
   if (p.window > 0) {  // whole blocks that no query sees; block boundaries stay where they are
     const int64_t oldest = *std::min_element(positions, positions + rows.query.size());
-    first = std::max<int64_t>(0, std::min(start, oldest - p.window + 1)) / kKeys * kKeys;
+    first = std::max<int64_t>(0, std::min(start, oldest - p.window + 1 - cached.hidden)) / kKeys * kKeys;
   }
   for (; first < num_keys; first += kKeys) {
     const int64_t count = std::min(kKeys, num_keys - first);
@@ -275,7 +283,7 @@ void attend(
       if (p.softcap > 0)
         for (int64_t j = 0; j < count; ++j) scores[j] = std::tanh(scores[j] / p.softcap) * p.softcap;
       for (int64_t j = in_doubt; j < count; ++j)
-        if (!sees(positions, inside, p.window, start, rows.place[r / group], p.num_queries, first + j)) scores[j] = lowest;
+        if (!sees(positions, inside, p.window, cached, rows.place[r / group], p.num_queries, first + j)) scores[j] = lowest;
       const C shrink = soften(scores, count, top[r], mass[r]);
       if (shrink != C(1))
         for (int64_t d = 0; d < size; ++d) mixed[r * size + d] *= shrink;
@@ -310,11 +318,13 @@ void run(
 template <typename C>
 Problem<C> problem(
     const at::Tensor& slots, const at::Tensor& starts, const at::Tensor& positions, const std::optional<at::Tensor>& inside,
-    double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks) {
+    double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks,
+    const std::optional<at::Tensor>& firsts) {
   return {
       slots.const_data_ptr<int64_t>(), starts.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
       inside ? inside->const_data_ptr<bool>() : nullptr, slots.size(1), positions.size(1), window,
-      static_cast<C>(scale), static_cast<C>(softcap), sinks ? sinks->const_data_ptr<C>() : nullptr};
+      static_cast<C>(scale), static_cast<C>(softcap), sinks ? sinks->const_data_ptr<C>() : nullptr,
+      firsts ? firsts->const_data_ptr<int64_t>() : nullptr};
 }
 
 // query [T, H, D], keys [N, KV, D], values [N, KV, Dv] -> [T', H, Dv]; the rest as in plan.Group and plan.Visibility.
@@ -322,13 +332,14 @@ at::Tensor attend_slots(
     const at::Tensor& query_, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& slots_,
     const at::Tensor& starts_, const at::Tensor& positions_, const std::optional<at::Tensor>& inside_,
     const std::optional<at::Tensor>& rows_, const std::optional<at::Tensor>& back_, double scale, int64_t window,
-    double softcap, const std::optional<at::Tensor>& sinks_) {
+    double softcap, const std::optional<at::Tensor>& sinks_, const std::optional<at::Tensor>& firsts_) {
   const at::Tensor query = query_.contiguous(), slots = slots_.contiguous(), starts = starts_.contiguous();
   const at::Tensor positions = positions_.contiguous();
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "keys and values are rows of slots");
   TORCH_CHECK(keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type(), "one dtype");
-  std::optional<at::Tensor> inside, sinks;
+  std::optional<at::Tensor> inside, sinks, firsts;
   if (inside_) inside = inside_->contiguous();
+  if (firsts_) firsts = firsts_->contiguous();
   const int64_t batch = positions.size(0), num_queries = positions.size(1);
   const int64_t count = back_ ? back_->numel() : batch * num_queries;
   at::Tensor from, back;
@@ -346,10 +357,10 @@ at::Tensor attend_slots(
   const bool is_double = query.scalar_type() == at::kDouble;
   if (sinks_) sinks = sinks_->to(is_double ? at::kDouble : at::kFloat).contiguous();
   if (is_double) {
-    run<double, double>(query, keys, values, output, problem<double>(slots, starts, positions, inside, scale, window, softcap, sinks), rows);
+    run<double, double>(query, keys, values, output, problem<double>(slots, starts, positions, inside, scale, window, softcap, sinks, firsts), rows);
     return output;
   }
-  const auto p = problem<float>(slots, starts, positions, inside, scale, window, softcap, sinks);
+  const auto p = problem<float>(slots, starts, positions, inside, scale, window, softcap, sinks, firsts);
   switch (query.scalar_type()) {
     case at::kFloat: run<float, float>(query, keys, values, output, p, rows); break;
     case at::kBFloat16: run<at::BFloat16, float>(query, keys, values, output, p, rows); break;
@@ -364,7 +375,8 @@ at::Tensor attend_slots(
 TORCH_LIBRARY(dspark, library) {
   library.def(
       "attend_slots(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor starts, Tensor positions, "
-      "Tensor? inside, Tensor? rows, Tensor? back, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
+      "Tensor? inside, Tensor? rows, Tensor? back, float scale, int window, float softcap, Tensor? sinks, Tensor? firsts=None) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) { library.impl("attend_slots", &attend_slots); }
