@@ -198,22 +198,24 @@ def _worth_of(bench: Bench, costs: Costs, num_requests: int, setting: str, repea
 
 
 def calibration_error(steps: Steps, first: int, end: int | None = None) -> float:
-    """Mean over positions of the expected calibration error of survival."""
-    return _pooled_error([steps], first, end)
+    """Expected calibration error of survival, position by position; each counts as often as it was seen."""
+    return pooled_error([steps], first, end)
 
 
-def _pooled_error(all_steps: Sequence[Steps], first: int, end: int | None, happened: Any = None) -> float:
+def pooled_error(all_steps: Sequence[Steps], first: int, end: int | None, happened: Any = None) -> float:
     believed, known, outcomes = (
         torch.cat([value for steps in all_steps for value in getattr(steps, name)[first:end]])
         for name in ("believed", "known", "happened")
     )
     if happened is not None:
         outcomes = happened(believed)
+    num_known = known.sum(0)
     errors = [
-        float(expected_calibration_error(believed[rows, k], outcomes[rows, k]))
-        for k, rows in enumerate(known.unbind(1))
+        float(expected_calibration_error(believed[rows, k], outcomes[rows, k])) * int(num)
+        for k, (rows, num) in enumerate(zip(known.unbind(1), num_known, strict=True))
+        if num
     ]
-    return statistics.fmean(errors)
+    return sum(errors) / max(1, int(num_known.sum()))
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -237,9 +239,9 @@ def recovery(bench: Bench) -> dict[str, Any]:
                 bench.say(f"recovery, {name}, {kind}, repeat {repeat + 1}")
                 runs.append(_switch(bench, bench.beliefs(kind, "after a switch"), repeat, num_before, after))
             all_steps = [steps for steps, _ in runs]
-            curves[name][kind] = [_pooled_error(all_steps, e, e + WINDOW) for e in edges]
+            curves[name][kind] = [pooled_error(all_steps, e, e + WINDOW) for e in edges]
         # What beliefs would show that are right on average, for want of more drafts.
-        curves[name]["chance"] = [_pooled_error(all_steps, e, e + WINDOW, _drawn) for e in edges]
+        curves[name]["chance"] = [pooled_error(all_steps, e, e + WINDOW, drawn) for e in edges]
     cost = [
         statistics.fmean(abs(steps.predicted[s] / true[s] - 1) for steps, true in runs for s in range(e, e + WINDOW))
         for e in edges
@@ -247,7 +249,7 @@ def recovery(bench: Bench) -> dict[str, Any]:
     return {"steps": [e + WINDOW // 2 - num_before for e in edges], "error": curves, "cost error": cost}
 
 
-def _drawn(believed: Tensor) -> Tensor:
+def drawn(believed: Tensor) -> Tensor:
     """Outcomes as if beliefs were right."""
     uniform = torch.rand(len(believed), 1, generator=torch.Generator().manual_seed(0))
     return uniform < believed
@@ -281,12 +283,12 @@ def forgetting(bench: Bench) -> list[dict[str, float]]:
             beliefs = bench.beliefs("live", "after a switch", memory)
             all_steps.append(_switch(bench, beliefs, repeat, num_before, bench.serving[bench.away])[0])
         windows = range(num_before, num_before + _AFTER_SWITCH, WINDOW)
-        after = [_pooled_error(all_steps, e, e + WINDOW) for e in windows]
+        after = [pooled_error(all_steps, e, e + WINDOW) for e in windows]
         found.append(
             {
                 "memory": memory,
-                "before": _pooled_error(all_steps, num_before - 10 * WINDOW, num_before),
-                "chance": _pooled_error(all_steps, num_before - 10 * WINDOW, num_before, _drawn),
+                "before": pooled_error(all_steps, num_before - 10 * WINDOW, num_before),
+                "chance": pooled_error(all_steps, num_before - 10 * WINDOW, num_before, drawn),
                 "first 100 steps": statistics.fmean(after[:5]),
                 "second 100 steps": statistics.fmean(after[5:]),
                 "rate before": statistics.fmean(s.rate(num_before - 10 * WINDOW, num_before) for s in all_steps),
