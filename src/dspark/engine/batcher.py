@@ -44,9 +44,10 @@ class Batcher:
     def preempt(self, num_free: int) -> Request | None:
         """Take the youngest request out if this step may not fit; it waits first in line. The caller frees its slots.
 
-        One at a time, because slots that it shares with others do not become free.
+        One at a time, because slots that it shares with others do not become free. A request that is alone fits, unless
+        another engine has slots of the same cache.
         """
-        if len(self.running) < 2 or self._need() <= num_free:
+        if not self.running or self._need() <= num_free:
             return None
         self.waiting.appendleft(self.running.pop())
         return self.waiting[0]

@@ -24,6 +24,7 @@ from dspark.engine.intake import Intake
 from dspark.engine.ledger import Ledger, verify_spans
 from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.measuring import Grid, measure
+from dspark.engine.neighbours import neighbours_over
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, as_prompts
@@ -116,6 +117,7 @@ class Engine:
         self._tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
+        self.neighbours = neighbours_over(target.cache)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
         if compile:
@@ -264,6 +266,8 @@ class Engine:
             except BaseException:
                 self.ledger.is_torn = True
                 raise
+            finally:
+                self.neighbours.note_step(self)
 
     def _step(self) -> StepRecord:
         record = StepRecord()
@@ -310,11 +314,16 @@ class Engine:
         if self.prefixes is not None:
             for request in self.batcher.running:
                 self.prefixes.take_in(request)
-        for request in self.batcher.admit(self.target.num_free_slots):
-            self.ledger.begin(record, request)
+        self._admit(record)
         while (preempted := self.batcher.preempt(self.target.num_free_slots)) is not None:
             self.ledger.forget(preempted)
             record.num_preempted += 1
+        if self.batcher.waiting and not self.batcher.running and self.neighbours.make_way(self):
+            self._admit(record)
+
+    def _admit(self, record: StepRecord) -> None:
+        for request in self.batcher.admit(self.target.num_free_slots):
+            self.ledger.begin(record, request)
 
     def _load(self, record: StepRecord, decoding: list[Request], prompts: list[tuple[Request, Span]]) -> Load:
         record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
