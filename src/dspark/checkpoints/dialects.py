@@ -54,7 +54,7 @@ def canonical(config: Config, name: str) -> dict[str, Any]:
     written_by = dialect(config)
     if written_by is None:
         raise CheckpointError(
-            f"{name} is no drafter: expected architectures to be one of {', '.join(MODELS)}; "
+            f"{name} is no drafter that was trained as one: expected the architecture {', '.join(MODELS)} in its config.json; "
             f"got {config.get('architectures')}"
         )
     if written_by not in _ADAPTERS:

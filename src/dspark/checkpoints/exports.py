@@ -75,7 +75,7 @@ def to_deepspec(drafter: Drafter) -> tuple[dict[str, Any], Tensors]:
         if not config.target_layer_ids:
             raise CheckpointError(f"{drafter.name}: DeepSpec's config names the feature layers: name its --target")
     for name in (EMBEDDING, HEAD):
-        drafter.need(name, "DeepSpec stores copies of the target's embedding and head; it lacks")
+        drafter.need(name, "DeepSpec's layout holds copies of the target's embedding and head; it lacks")
     values = {**config.to_dict(), "dtype": drafter.dtype}
     values.pop("trains_lm_head", None)
     return values, dict(drafter.tensors)

@@ -1,5 +1,7 @@
 """Make a drafter's confidences mean what they say, from held-out prompts.
 
+    dspark calibrate --target path/or/hub-id --drafter runs/quick --data held_out.jsonl --fit-bias
+
 Every draft is verified at full length while the target answers; half of the prompts fit the calibration, and the figures
 printed are of the other half. It is stored in the drafter's folder, where every later command finds it.
 """
@@ -177,8 +179,8 @@ def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
     folder: Path = args.out or own
     if not (args.out or args.dry_run or Path(args.drafter).is_dir()):
         raise InvalidRequest(
-            f"{args.drafter} is a name, and others use what it stands for: name its folder to calibrate it where it lies "
-            f"(--drafter {own}), or --out FOLDER, or --dry-run"
+            f"{args.drafter} comes with the package, where others use it too: give --out FOLDER to write the calibration "
+            f"elsewhere, --dry-run to write nothing, or its folder to change it in place (--drafter {own})"
         )
     if not args.dry_run:
         if args.out:

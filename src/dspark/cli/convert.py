@@ -1,5 +1,7 @@
 """Write a drafter's checkpoint as another stack reads it.
 
+    dspark convert my_drafter --to speculators --out my_drafter-for-vllm --target path/or/hub-id
+
 Reads DeepSpec, SpecForge, EAGLE, speculators and this project's own. Every tensor stays as it is, bit for bit.
 """
 

@@ -1,5 +1,7 @@
 """Turn text into training data: `data prepare` renders it, `data regenerate` has the target answer it.
 
+    dspark data regenerate my_text/ --target path/or/hub-id --out answers
+
 A drafter is scored on what its target writes, so regenerated text is what to train on; prepared text is for answers
 that the target has already written.
 """
@@ -26,15 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare = actions.add_parser(
         "prepare",
         help="render records with the target's chat template and mark the assistant's tokens",
-        allow_abbrev=False,
     )
     _add_input(prepare)
     prepare.add_argument("--max-length", type=int, default=4096, help="tokens of one text at most (default 4096)")
     prepare.add_argument("--min-answer", type=int, default=4, help="skip texts with fewer answer tokens (default 4)")
     prepare.set_defaults(act=_prepare)
-    regenerate = actions.add_parser(
-        "regenerate", help="answer every user turn with the target itself", allow_abbrev=False
-    )
+    regenerate = actions.add_parser("regenerate", help="answer every user turn with the target itself")
     _add_input(regenerate)
     regenerate.add_argument("--temperature", type=float, nargs="+", help="one is drawn per record (default 1)")
     for flag, meaning in (
@@ -81,6 +80,11 @@ def _records(args: argparse.Namespace) -> Any:
     return islice(read_records(args.inputs, args.on_error), args.limit)
 
 
+def _refuse_nothing(args: argparse.Namespace, num_records: int) -> None:
+    if not num_records:
+        raise InvalidConfiguration(f"there is no record in {', '.join(args.inputs)}: the files are empty")
+
+
 def _prepare(args: argparse.Namespace) -> int:
     from dspark.train.prepare import prepare
     from dspark.train.rendering import Renderer, load_tokenizer
@@ -95,6 +99,7 @@ def _prepare(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         min_answer=args.min_answer,
     )
+    _refuse_nothing(args, counts.read)
     reasons = counts.skipped_by_reason()
     say(
         f"{counts.read} records read = {counts.written} written + {counts.skipped} skipped; "
@@ -121,6 +126,7 @@ def _regenerate(args: argparse.Namespace) -> int:
         say(f"going on with {args.out}")
     answerer = _server(args, renderer) if args.base_url else _engine(args, settings, renderer)
     tally = answer_records(_records(args), answerer, settings, args.out, _Reporter())
+    _refuse_nothing(args, tally.num_records)
     _save_counts(args.out, tally)
     say(
         f"{tally.num_records} records read = {tally.written} written + {tally.failed} failed + {tally.skipped} skipped; "

@@ -1,5 +1,7 @@
 """Measure what a drafter's checkpoint means for a target, and refuse one that would hardly ever be right.
 
+    dspark doctor path/or/hub-id my_drafter
+
 Exit code 1: it does not fit, it means something else than its config says, or it guesses no better than chance.
 """
 

@@ -1,6 +1,9 @@
 """Write text with a target model, several tokens at a time.
 
-Without options: the embedded pair. Text goes to stdout as it comes; accepted draft tokens are green on a terminal.
+    dspark generate "What is a river?" --temperature 0 --compare
+    dspark generate "Write a haiku" --target path/or/hub-id --drafter ngram --dtype bfloat16
+
+Without options it uses the embedded pair. Text goes to stdout as it comes; accepted draft tokens are green on a terminal.
 Everything about the run goes to stderr.
 """
 

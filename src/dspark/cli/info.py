@@ -1,5 +1,8 @@
 """Say what a target or drafter folder is, and whether the two fit.
 
+    dspark info path/or/hub-id
+    dspark info my_drafter --target path/or/hub-id
+
 Exit code 1: the drafter does not fit the target. Each mismatch is named.
 """
 

@@ -24,6 +24,7 @@ from dspark.cli import (
     train,
     verify_lossless,
 )
+from dspark.cli.parser import Parser
 from dspark.errors import DSparkError
 
 MISUSE = 2
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. Mistakes a user can mend are one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of ending the run
-    logging.basicConfig(format="%(name)s: %(message)s")
+    _show_warnings()
     if not (sys.argv[1:] if argv is None else argv):
         _parser().print_help(sys.stderr)
         return MISUSE
@@ -61,27 +62,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _show_warnings() -> None:
+    """Those of this package, on stderr. Libraries have handlers of their own; one at the root would say all twice."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logging.getLogger("dspark").handlers = [handler]
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="dspark",
         description="Confidence-scheduled speculative decoding: the text your model would have written, sooner.",
+        epilog='Begin with: dspark generate "What is a river?" --compare',
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, verb in (
         ("generate", generate),
-        ("info", info),
-        ("convert", convert),
-        ("doctor", doctor),
+        ("chat", chat),
+        ("serve", serve),
         ("data", data),
         ("train", train),
+        ("calibrate", calibrate),
+        ("info", info),
+        ("doctor", doctor),
+        ("convert", convert),
         ("profile", profile),
         ("capacity", capacity),
-        ("calibrate", calibrate),
-        ("serve", serve),
-        ("chat", chat),
-        ("verify-lossless", verify_lossless),
         ("compare", compare),
+        ("verify-lossless", verify_lossless),
     ):
         summary = (verb.__doc__ or "").splitlines()[0]
         subparser = verbs.add_parser(
@@ -89,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
             help=summary,
             description=verb.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # what is short for one flag today may be two tomorrow
         )
         verb.add_arguments(subparser)
         subparser.set_defaults(run=verb.run)

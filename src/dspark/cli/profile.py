@@ -1,5 +1,7 @@
 """Measure what a step costs on this machine, for schedulers that weigh tokens against seconds.
 
+    dspark profile --target path/or/hub-id --drafter my_drafter
+
 Kept where every later run with the same models, dtype, threads and versions finds it. Runs without it learn the same
 from their first steps.
 """
@@ -67,7 +69,7 @@ def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < least:
-        raise InvalidRequest(f"--{name} takes numbers from {least} on, separated by commas; got {text!r}")
+        raise InvalidRequest(f"--{name} takes whole numbers of {least} or more, separated by commas; got {text!r}")
     return numbers
 
 

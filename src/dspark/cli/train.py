@@ -1,5 +1,8 @@
 """Train a drafter for a target: one recipe, or several side by side on the same batches.
 
+    dspark train quick --target path/or/hub-id --data answers --out runs --dry-run
+    dspark train quick --target path/or/hub-id --data answers --out runs
+
 Texts come from `dspark data`. Without a GPU it trains on the CPU; with several, start it with torchrun:
 torchrun --nproc-per-node 8 -m dspark train recipe.toml
 """
@@ -35,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     places.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the target (default: its own)")
     places.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     training = parser.add_argument_group("training (they override the recipe's [train])")
-    training.add_argument("--steps", type=int)
-    training.add_argument("--tokens-per-batch", type=int)
+    training.add_argument("--steps", type=int, help="optimiser steps")
+    training.add_argument("--tokens-per-batch", type=int, help="prompts and padding included")
     training.add_argument("--accumulate", type=int, help="batches per step")
     training.add_argument("--num-validation", type=int, help="texts held out to judge drafters on")
-    training.add_argument("--validate-every", type=int, help="steps")
-    training.add_argument("--seed", type=int)
+    training.add_argument("--validate-every", type=int, help="steps between two validations")
+    training.add_argument("--seed", type=int, help="of the held-out texts, the batches and the drawn weights")
     training.add_argument("--start-from", help="drafter of the same shape to go on from")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     parser.add_argument(

@@ -1,5 +1,7 @@
 """Check that speculation changes nothing but speed, on the configuration you deploy.
 
+    dspark verify-lossless --target path/or/hub-id --drafter my_drafter --dtype bfloat16
+
 Every prompt is generated with and without speculation from the same seed, and the token ids are compared. A difference
 is looked up in float32: explained if rounding in the target's dtype can turn it, a bug otherwise. Under the rejection
 rule, which promises the same distribution, the first tokens are sampled many times and the two samples tested.
@@ -41,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(models)
     test = parser.add_argument_group("test")
     test.add_argument("--prompts", type=int, default=16, metavar="N", help="built-in prompts to use (default 16)")
-    test.add_argument("--prompts-file", metavar="FILE", help="one prompt per line instead of the built-in ones")
+    test.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="one per line, or .jsonl; not the built-in ones",
+    )
     test.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0], metavar="X", help="default: 0 1")
     test.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="batch sizes (default: 1 8)")
     test.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens per text (default 64)")
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         target, speculative, plain = _engines(args)
         texts, raw = prompts.fitting(target.tokenizer, target.vocab_size, args.prompts)
         if args.prompts_file:
-            texts = [*_lines(args.prompts_file)]
+            texts = [sample.prompt for sample in prompts.from_file(args.prompts_file)]
     dtype = str(target.dtype).removeprefix("torch.")
     logits_of = _Single(args) if dtype != "float32" and not args.deterministic else None
     token_checks: list[TokenCheck] = []
@@ -124,16 +131,6 @@ class _Single:
         if self._logits_of is None:
             self._logits_of = logits_by_target(open_target(self._args, "float32"))
         return self._logits_of(context)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--prompts-file: {error}") from error
-    if not any(lines):
-        raise InvalidRequest(f"--prompts-file: {path} holds no prompt; write one per line")
-    return [line for line in lines if line]
 
 
 def _keep(path: str, checks: Sequence[TokenCheck]) -> None:

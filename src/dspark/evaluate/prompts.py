@@ -43,11 +43,13 @@ class Sample:
 
 
 def from_file(path: Path) -> list[Sample]:
-    """One prompt a line; in a .jsonl file an object with `prompt` or `messages`, and `domain` if it likes."""
+    """One prompt a line; in a .jsonl file an object with `messages`, `prompt` or `question`, and perhaps a `domain`."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the prompts cannot be read: {error}") from error
+    except OSError as error:
+        raise InvalidRequest(f"the prompts file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the prompts file {path} is not UTF-8: {error}") from error
     read = _of_json if path.suffix == ".jsonl" else Sample
     samples = [read(line) for line in lines if line]
     if not samples:
@@ -58,9 +60,10 @@ def from_file(path: Path) -> list[Sample]:
 def _of_json(line: str) -> Sample:
     try:
         row = json.loads(line)
-        prompt = row["messages"] if "messages" in row else row["prompt"]
-        return Sample(prompt, str(row.get("domain", "all")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Sample(
+            next(row[key] for key in ("messages", "prompt", "question") if key in row), str(row.get("domain", "all"))
+        )
+    except (ValueError, StopIteration, TypeError, AttributeError) as error:
         raise InvalidRequest(
-            f"expected a JSON object with `prompt` or `messages` on each line; got {line[:60]!r}"
+            f"expected a JSON object with `messages`, `prompt` or `question` on each line; got {line[:60]!r}"
         ) from error

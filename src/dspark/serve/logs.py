@@ -30,5 +30,6 @@ def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("dspark").handlers.clear()  # of the command line, for people
     for name in ("dspark", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark.errors import CheckpointError, InvalidConfiguration
@@ -139,6 +140,8 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _load_model(name: str, source: str, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
     try:
+        if not Path(source).is_dir():
+            _ask_hub(source, options)
         model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except UNREADABLE as error:
         raise explained(name, source, error, options) from error
@@ -146,9 +149,16 @@ def _load_model(name: str, source: str, dtype: torch.dtype | str, options: dict[
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of the tensors of {type(model).__name__}, among them "
-            f"{', '.join(missing[:3])}; the checkpoint is incomplete or not a causal language model"
+            f"{', '.join(missing[:3])}; the checkpoint is incomplete or not a causal language model. A drafter is named as "
+            "the drafter, beside the target that it was trained for (`dspark info` says what a folder is)"
         )
     return model
+
+
+def _ask_hub(source: str, options: dict[str, Any]) -> None:
+    """One question, of a second where the network is down; from_pretrained asks for many files and repeats each."""
+    wanted = {key: options[key] for key in _FOR_ALL_FILES if key in options and key != "trust_remote_code"}
+    snapshot_download(source, allow_patterns=["config.json"], **wanted)
 
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:

@@ -76,8 +76,9 @@ class Trainer:
     def _split(self, texts: list[Text]) -> tuple[list[Text], list[Text]]:
         if not 0 < self.settings.num_validation < len(texts):
             raise InvalidConfiguration(
-                f"expected num_validation between 1 and {len(texts) - 1}, as there are {len(texts)} texts; "
-                f"got {self.settings.num_validation}: --num-validation, or the recipe's [train], says how many are held out"
+                f"expected num_validation between 1 and {len(texts) - 1}, as there are {len(texts)} texts; got "
+                f"{self.settings.num_validation}: hold out fewer with --num-validation (or in the recipe's [train]), or make "
+                "more texts with dspark data"
             )
         return split_validation(texts, self.settings.num_validation, self.settings.seed)
 
