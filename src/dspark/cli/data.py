@@ -125,7 +125,11 @@ def _regenerate(args: argparse.Namespace) -> int:
     if _goes_on(args, settings, renderer, vocab_size):
         say(f"going on with {args.out}")
     answerer = _server(args, renderer) if args.base_url else _engine(args, settings, renderer)
-    tally = answer_records(_records(args), answerer, settings, args.out, _Reporter())
+    try:
+        tally = answer_records(_records(args), answerer, settings, args.out, _Reporter())
+    except KeyboardInterrupt:
+        say(f"stopped; what is answered is in {args.out}, and the same command goes on from there")
+        raise
     _refuse_nothing(args, tally.num_records)
     _save_counts(args.out, tally)
     say(

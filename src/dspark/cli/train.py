@@ -64,7 +64,7 @@ def _recipe(name: str) -> Path:
 def run(args: argparse.Namespace) -> int:
     from dspark.train.distributed import join, leave
     from dspark.train.plan import make_plan
-    from dspark.train.trainer import Trainer, refuse_to_overwrite
+    from dspark.train.trainer import STATE, Trainer, refuse_to_overwrite
 
     set_threads(args)
     places = {name: getattr(args, name) for name in ("target", "data", "out", "dtype", "device")}
@@ -81,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
             found = trainer.resume()
             trainer.say(f"going on from step {trainer.progress['step']:.0f}" if found else "nothing to go on from")
         trainer.run()
+    except KeyboardInterrupt:
+        if (plan.out / STATE).exists():
+            say(f"stopped; {plan.out} goes on from its last save with --resume")
+        raise
     finally:
         leave()
     if rank == 0:
