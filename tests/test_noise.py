@@ -93,6 +93,14 @@ def test_rows_are_the_same_however_they_are_asked_for(vocab_size: int) -> None:
     assert len(noise._blocks) <= noise.max_blocks
 
 
+def test_rows_of_requests_that_have_passed_are_not_kept() -> None:
+    noise = GumbelNoise(64)
+    for seed in range(1000):
+        noise.rows([seed, -1], [0, seed % noise.block], COUPLED)
+    assert len(noise._blocks) < 300 < noise.max_blocks
+    assert (-1, 0, COUPLED) in noise._blocks  # one that runs
+
+
 def test_seeds_positions_and_streams_are_independent() -> None:
     base = gumbel(1, 100, 1, 20000, COUPLED, CPU)[0]
     others = [

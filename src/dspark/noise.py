@@ -22,6 +22,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
+_CALLS_KEPT = 256  # a request that runs is asked for every few calls; others have passed
+
 
 def philox(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:
     """Philox4x32: four 32-bit words from a 128-bit counter, elementwise over int64 tensors, Python ints or both."""
@@ -66,12 +68,14 @@ class GumbelNoise:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.block = max(4, min(64, 2**16 // vocab_size))  # so many draws at once still fit a core's cache
         self.max_blocks = max(4, max_bytes // (4 * self.block * vocab_size))
-        self._blocks: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], tuple[Tensor, int]] = OrderedDict()  # and the call that used it
+        self._num_calls = 0
 
     def rows(self, seeds: Sequence[int], positions: Sequence[int], stream: int) -> Tensor:
         """[N, V]  the noise of N (seed, position) pairs; runs of following positions are cut out in one piece."""
         if not seeds:  # a step that only reads parts of prompts
             return torch.zeros(0, self.vocab_size, device=self.device)
+        self._num_calls += 1
         pieces, start = [], 0
         while start < len(seeds):
             seed, position = seeds[start], positions[start]
@@ -90,15 +94,20 @@ class GumbelNoise:
 
     def _block(self, seed: int, index: int, stream: int) -> Tensor:
         name = (seed, index, stream)
-        block = self._blocks.get(name)
+        block, _ = self._blocks.pop(name, (None, 0))
         if block is None:
             block = gumbel(seed, index * self.block, self.block, self.vocab_size, stream, self.device)
-            self._blocks[name] = block
-            while len(self._blocks) > self.max_blocks:
-                self._blocks.popitem(last=False)
-        else:
-            self._blocks.move_to_end(name)
+            self._make_room()
+        self._blocks[name] = block, self._num_calls  # behind all others
         return block
+
+    def _make_room(self) -> None:
+        """For one block more: drop what requests that have passed have left, and otherwise what was not used for longest."""
+        while self._blocks:
+            _, last_call = next(iter(self._blocks.values()))
+            if len(self._blocks) < self.max_blocks and last_call >= self._num_calls - _CALLS_KEPT:
+                return
+            self._blocks.popitem(last=False)
 
 
 def _key(seed: int) -> tuple[int, int]:

@@ -81,6 +81,15 @@ def test_vllm_bench_reads_what_the_engine_did(target):
     assert v["dspark_requests_running"] == v["dspark_requests_waiting"] == 0
 
 
+def test_nothing_runs_at_rest_however_requests_ended():
+    m = metrics()
+    m.step(step(num_free_slots=1))
+    names = ("dspark_requests_running", "dspark_requests_waiting", "dspark_kv_usage_ratio")
+    assert all(values(m)[name] > 0 for name in names)
+    m.at_rest()
+    assert [values(m)[name] for name in names] == [0, 0, 0]
+
+
 def test_reached_counts_the_first_rejected_token_too():
     m = metrics()
     m.step(step(drafted=(7, 7), verified=(5, 2), accepted=(3, 2)))

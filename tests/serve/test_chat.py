@@ -55,6 +55,14 @@ def test_the_raw_stream_is_server_sent_events(served):
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
+def test_tokens_so_far_in_every_chunk_when_asked(served):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        c.usage.completion_tokens for c in chat(served, seed=1, max_tokens=9, stream=True, stream_options=options)
+    ]
+    assert counts == sorted(counts) and counts[-1] == chat(served, seed=1, max_tokens=9).usage.completion_tokens > 0
+
+
 def test_n_choices_are_distinct_and_repeatable(served, plain):
     first, second = (chat(served, n=3, seed=11, max_tokens=12) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
@@ -156,7 +164,10 @@ def test_content_parts_and_the_older_roles(served, plain):
     expected = plain([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"}], seed=1)
     messages = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there", "cache_control": {}}],
+        },
     ]
     assert chat(served, messages=messages, seed=1, max_tokens=256).choices[0].message.content == expected.text
 

@@ -47,6 +47,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, "messages"),
+        ({"min_tokens": 3}, "min_tokens"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"Model": 1}, "Model"),
         ({"best_of": 1}, "best_of"),
@@ -78,6 +79,9 @@ def test_errors_that_clients_know_how_to_mend(served):
     assert post(served, {**CHAT, "messages": [{"role": "user", "content": "x " * 9000}]}).json()["error"]["code"] == (
         "context_length_exceeded"
     )
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}]}
+    message = post(served, {**CHAT, "messages": [image]}).json()["error"]["message"]
+    assert message == "messages.0.content.0.type: only 'text' is supported here"
     as_curl_does = httpx.post(served.url + "/v1/chat/completions", content=json.dumps(CHAT))
     assert as_curl_does.status_code == 400
     assert "Content-Type: application/json" in as_curl_does.json()["error"]["message"]
@@ -98,7 +102,10 @@ def test_what_is_no_json_or_no_route(served):
         assert reply.json()["error"]["message"]
     surrogate = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     assert httpx.post(served.url + "/v1/chat/completions", content=surrogate, headers=headers).status_code == 400
-    assert httpx.get(served.url + "/nowhere").json()["error"]["type"] == "not_found_error"
+    nowhere = httpx.post(served.url + "/chat/completions", json=CHAT).json()["error"]  # a base_url without /v1
+    assert nowhere["type"] == "not_found_error" and "/v1" in nowhere["message"]
+    head = httpx.head(served.url + "/health")
+    assert (head.status_code, head.text, head.headers["content-length"]) == (200, "", "15")
     assert httpx.get(served.url + "/v1/chat/completions").status_code == 405
 
 
@@ -144,6 +151,10 @@ def test_keys(target):
             assert post(served, CHAT, headers={"Authorization": f"Bearer {key}"}).status_code == 200
         assert httpx.get(served.url + "/v1/models").status_code == 401
         assert httpx.get(served.url + "/health").status_code == 200
+        paths = httpx.get(served.url + "/openapi.json").json()["paths"]
+        assert {path for path, on in paths.items() if "security" in next(iter(on.values()))} == {
+            path for path in paths if path.startswith(("/v1", "/tokenize", "/detokenize"))
+        }
         with pytest.raises(openai.AuthenticationError):
             served.client.chat.completions.create(model="tiny", messages=MESSAGES)
 

@@ -11,12 +11,23 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks as conformance
 
 from dspark import Engine, load_drafter
 from serve.conftest import serving
 
 BODY = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 1, "seed": 5, "max_tokens": 24}
 OTHERS = ["What is a harbour?", "Tom has 3 apples.", "Show me how to list files", "Hi", "What does the word cold mean?"]
+
+
+_TRUE = [
+    not_a_server_error,
+    conformance.status_code_conformance,
+    conformance.content_type_conformance,
+    conformance.response_headers_conformance,
+    conformance.response_schema_conformance,
+]
 
 
 async def whole(client: httpx.AsyncClient, body: dict) -> str:
@@ -112,20 +123,18 @@ def test_a_slow_reader_slows_nobody(served, plain):
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 def test_bodies_of_every_kind_get_an_answer(small, path, mode):
-    """schemathesis writes them from the served OpenAPI, right ones and wrong ones: never a 500, and errors in shape."""
+    """schemathesis writes them from the served OpenAPI, right ones and wrong ones: answers are as it says, and no 500."""
     schema = schemathesis.openapi.from_url(small.url + "/openapi.json")
     operation = schema[path]["POST"]
     statuses: set[int] = set()
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
     @given(case=operation.as_strategy(mode))
     def fuzz(case):
         reply = case.call(timeout=60)
         statuses.add(reply.status_code)
-        assert reply.status_code < 500, reply.text
-        if reply.status_code >= 400:
-            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-            assert reply.headers["x-request-id"]
+        case.validate_response(reply, checks=_TRUE)
+        assert reply.headers["x-request-id"]
 
     fuzz()
     assert statuses

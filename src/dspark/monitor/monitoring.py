@@ -100,6 +100,7 @@ class Monitoring:
 
     def idle(self) -> bool:
         """Idle task: a little of what can wait; whether there is more."""
+        self.metrics.at_rest()
         return self.canaries is not None and self.canaries.idle()
 
     def close(self) -> None:

@@ -226,6 +226,11 @@ class Metrics:
         self.load.observe(record)
         self._compare_with_plain(record, seconds)
 
+    def at_rest(self) -> None:
+        """Nothing runs or waits: cancelled requests end without a step that would say so."""
+        for gauge in (self.running, self.waiting, self.kv_usage):
+            gauge.set(0)
+
     def _count_drafts(self, record: StepRecord) -> None:
         drafted, verified, accepted = sum(record.drafted), sum(record.verified), sum(record.accepted)
         self.passes.inc(len(record.request_ids))

@@ -13,6 +13,7 @@ from dspark.serve.faults import ApiError
 from dspark.serve.replies import DONE, Head, TokenNames, event, speculation, usage
 from dspark.serve.run import Run, unless_gone
 from dspark.serve.tools import Piece, Voice, merged
+from dspark.serve.wire import StreamOptions
 from dspark.types import Delta
 
 
@@ -32,6 +33,7 @@ class Answer:
         self._voices = [voice() for _ in run.requests]
         self._offsets = [0] * len(run.requests)
         self._marks = None if marks is None else [marks() for _ in run.requests]
+        self._usage_everywhere = False
 
     async def whole(self) -> dict[str, Any]:
         """The one object that a request without streaming gets."""
@@ -42,15 +44,16 @@ class Answer:
             reasons[index] = self._reason(index, delta)
         return self.head.whole([self._choice(i, pieces[i], reasons[i]) for i in range(len(pieces))], self.usage)
 
-    async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
+    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
         """The same in pieces. An error after the first of them is an event, too."""
+        self._usage_everywhere = options.include_usage and options.continuous_usage_stats
         if self.head.is_chat:
             for index in range(len(self.run.requests)):
                 yield self._event(index, {"role": "assistant", "content": ""})
         try:
             async for index, delta in self.run.deltas():
                 yield b"".join(self._delta_events(index, delta))
-            last = event({**self.head.chunk([]), "usage": self.usage}) if include_usage else b""
+            last = event({**self.head.chunk([]), "usage": self.usage}) if options.include_usage else b""
         except ApiError as error:
             last = event(error.body)
         yield last + DONE
@@ -116,8 +119,8 @@ class Answer:
 
     def _event(self, index: int, piece: Piece, **fields: Any) -> bytes:
         said = {"delta": piece} if self.head.is_chat else {"text": piece.get("content", "")}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **fields}
-        return event(self.head.chunk([choice]))
+        chunk = self.head.chunk([{"index": index, **said, "logprobs": None, "finish_reason": None, **fields}])
+        return event({**chunk, "usage": self.usage} if self._usage_everywhere else chunk)
 
     def _logprobs(self, index: int, entries: Sequence[Any]) -> dict[str, Any]:
         if self.head.is_chat:
@@ -131,10 +134,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, include_usage: bool, log: dict[str, Any]) -> None:
+    def __init__(self, answer: Answer, options: StreamOptions, log: dict[str, Any]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._answer, self._include_usage, self._log = answer, include_usage, log
+        self._answer, self._options, self._log = answer, options, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -145,7 +148,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._answer.events(self._include_usage):
+        async for data in self._answer.events(self._options):
             if data:  # a token may add no character
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

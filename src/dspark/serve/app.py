@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -34,21 +35,26 @@ from dspark.serve.backend import Backend
 from dspark.serve.faults import ApiError, add_handlers, as_api_error
 from dspark.serve.gate import Gate
 from dspark.serve.grammar import Grammars
+from dspark.serve.openapi import (
+    ChatCompletion,
+    Model,
+    Models,
+    Text,
+    TextCompletion,
+    Tokens,
+    describe,
+    errors,
+    whole_or_events,
+)
 from dspark.serve.replies import Head, TokenNames
 from dspark.serve.run import Run
 from dspark.serve.settings import ServeSettings
-from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dspark.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, StreamOptions, TokenizeRequest
 from dspark.types import Request
 
 T = TypeVar("T")
 
 _MOMENT_BYTES = 4096  # of a body whose tokenising takes about a millisecond at most
-
-_ERROR = {
-    "description": "what is wrong, and with which field",
-    "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
-}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 405, 408, 413, 422, 429, 500, 503), _ERROR)
 
 
 def make_app(backend: Backend, settings: ServeSettings, routers: Sequence[APIRouter] = ()) -> FastAPI:
@@ -72,6 +78,7 @@ def make_app(backend: Backend, settings: ServeSettings, routers: Sequence[APIRou
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     add_handlers(app)
+    describe(app, has_keys=bool(settings.api_keys))
     _add_completions(app, desk)
     _add_models(app, desk)
     _add_state(app, backend)
@@ -163,39 +170,41 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
             log["body"] = body.model_dump(exclude_defaults=True)
         answer = await desk.answer(body, len(await http.body()))
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(answer, include_usage, log)
+            return EventStream(answer, body.stream_options or StreamOptions(), log)
         whole = await whole_response(answer, http.receive, log)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post("/v1/chat/completions", responses=whole_or_events(ChatCompletion))
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a conversation."""
         return await respond(body, http)
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post("/v1/completions", responses=whole_or_events(TextCompletion))
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue a text as it stands."""
         return await respond(body, http)
 
 
 def _add_models(app: FastAPI, desk: Desk) -> None:
-    def card(name: str) -> dict[str, Any]:
-        length = desk.backend.intake.max_length
-        return {"id": name, "object": "model", "created": 0, "owned_by": "dspark", "max_model_len": length}
+    began = int(time.time())
 
-    @app.get("/v1/models", responses=_ERRORS)
-    async def models() -> dict[str, Any]:
+    def card(name: str) -> Model:
+        return Model(id=name, created=began, max_model_len=desk.backend.intake.max_length)
+
+    @app.get("/v1/models", responses=errors(401))
+    async def models() -> Models:
         """The names this server answers to."""
-        return {"object": "list", "data": [card(name) for name in desk.settings.model_names]}
+        return Models(data=[card(name) for name in desk.settings.model_names])
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS)
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=errors(401, 404))
+    async def model(name: str) -> Model:
         """One of them."""
         return card(desk.model_named(name))
 
-    @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    refusals = errors(400, 401, 404, 408, 413, 500)
+
+    @app.post("/tokenize", responses=refusals)
+    async def tokenize(body: TokenizeRequest) -> Tokens:
         """Token ids of a raw text, or of a conversation in the chat template."""
         desk.model_named(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -204,20 +213,20 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
             tokens = await desk.beside(desk.tokens, "messages", conversation(body.messages))
         else:
             tokens = await desk.beside(desk.tokens, "prompt", body.prompt or "", True)
-        return {"count": len(tokens), "max_model_len": desk.backend.intake.max_length, "tokens": tokens}
+        return Tokens(count=len(tokens), max_model_len=desk.backend.intake.max_length, tokens=tokens)
 
-    @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", responses=refusals)
+    async def detokenize(body: DetokenizeRequest) -> Text:
         """The text of token ids, special tokens included."""
         desk.model_named(body.model)
         vocab_size = desk.backend.intake.vocab_size
         if any(token >= vocab_size for token in body.tokens):
             raise ApiError(400, f"tokens: ids must be below {vocab_size}", "tokens")
-        return {"prompt": await desk.beside(lambda: str(desk.tokenizer.decode(body.tokens)))}
+        return Text(prompt=await desk.beside(lambda: str(desk.tokenizer.decode(body.tokens))))
 
 
 def _add_state(app: FastAPI, backend: Backend) -> None:
-    @app.get("/health", responses=_ERRORS)
+    @app.get("/health", responses=errors(503))
     async def health() -> dict[str, str]:
         """Liveness: 503 once only a restart would help."""
         if not (backend.is_alive or backend.is_draining):
@@ -226,7 +235,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
             raise ApiError(503, "the engine is stuck")
         return {"status": "ok"}
 
-    @app.get("/ready", responses=_ERRORS)
+    @app.get("/ready", responses=errors(503))
     async def ready() -> dict[str, str]:
         """Readiness: whether a request that comes now is taken."""
         if backend.is_draining:
@@ -238,6 +247,6 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors(500, 503))
     async def prometheus() -> Response:
         return Response(await backend.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

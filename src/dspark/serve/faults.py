@@ -88,9 +88,11 @@ def add_handlers(app: FastAPI) -> None:
             return ApiError(400, "the body is not read without the header Content-Type: application/json").response()
         return _validation_error(error).response()
 
-    async def http_error(_: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = str(error.detail or http.HTTPStatus(error.status_code).phrase)
+        if error.status_code == 404:
+            message = f"nothing is served at {request.url.path}: the API begins with /v1, and /openapi.json lists it"
         answer = ApiError(error.status_code, message)
         answer.headers.update(error.headers or {})
         return answer.response()
@@ -116,6 +118,9 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         unknown = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])
         return ApiError(400, f"unknown field {unknown!r}: it is not supported here", unknown, "unknown_field")
     field = ".".join(path) or None
+    if first["type"] == "literal_error":
+        taken = first["ctx"]["expected"].replace("False", "false").replace("True", "true")
+        return ApiError(400, f"{field}: only {taken} is supported here", field)
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, field)
 

@@ -17,7 +17,7 @@ from dspark.serve.settings import ServeSettings
 
 log = logging.getLogger("dspark.access")
 
-_LOCKED = ("/v1/", "/tokenize", "/detokenize")  # what a key is asked for
+LOCKED = ("/v1/", "/tokenize", "/detokenize")  # what a key is asked for
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -38,6 +38,8 @@ class Gate:
         fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, log=fields)
         status, began = 0, time.monotonic()
+        # What GET would say, of which uvicorn sends the head: load balancers look whether a server is there by it.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -49,7 +51,7 @@ class Gate:
         try:
             self._check_key(scope, headers)
             receive = await self._read_body(headers, receive)
-            await self.app(scope, receive, send_with_id)
+            await self.app(inner, receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
         finally:
@@ -58,7 +60,7 @@ class Gate:
             log.info("request", extra={"fields": line})
 
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
-        if not self._keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(_LOCKED):
+        if not self._keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(LOCKED):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")

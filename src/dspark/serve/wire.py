@@ -26,7 +26,10 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    include_obfuscation: bool | None = Field(None, description="changes nothing")
+    continuous_usage_stats: bool = Field(
+        default=False, description="with include_usage: the tokens so far in every chunk"
+    )
+    include_obfuscation: bool | None = Field(default=None, description="changes nothing")
 
 
 class JsonSchema(_Body):
@@ -73,7 +76,9 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-class TextPart(_Body):
+class TextPart(BaseModel):
+    """Of a message. Hints for other servers' caches, which some clients add, are ignored."""
+
     type: Literal["text"]
     text: str
 
@@ -123,6 +128,10 @@ class _Generate(_Body):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    # accepted only where they ask for nothing
+    min_tokens: Literal[0] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    use_beam_search: Literal[False] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
