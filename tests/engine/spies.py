@@ -1,16 +1,24 @@
-"""A spy before a drafter: is it given what a forward over the whole text gives, does it draft as one that reads that at once?"""
+"""What only happens by chance, made to happen; and spies that say what else should have come of it.
+
+A spy before a drafter: is it given what a forward over the whole text gives, does it draft as one that reads that at once?
+"""
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dspark.budget.guard import Guard
+from dspark.engine.engine import Engine
 from dspark.target.target import Target
 from dspark.types import Draft, Drafter, Request, Rule
-from engine.models import reference_features, reference_logits
+from engine.models import Known, reference_features, reference_logits
 
 
 class Listening:
@@ -127,3 +135,46 @@ class Spy:
                 self.num_compared += 1
             else:
                 self.num_missed += 1
+
+
+class Fickle(Guard):
+    """Drafts now for these and now for those."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(Known())
+        self.rng = rng
+
+    def choose(self, request_ids, load):
+        self.reason = "a whim"
+        share = self.rng.choice([0, 0.5, 1, 1])
+        return [b for b in range(len(request_ids)) if self.rng.random() < share]
+
+    def observe(self, record):
+        pass
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(engine: Engine, rng: random.Random) -> None:
+    """A step that ends in the middle of its work."""
+    places = [
+        (engine.target, "extend"),
+        (engine.target, "keep"),
+        (engine.rule, "verify"),
+        (engine.drafting, "keep_features"),
+        (engine.ledger, "_append"),
+    ]
+    what, name = rng.choice(places + [(engine.prefixes, "note")] * (engine.prefixes is not None))
+    work, calls = getattr(what, name), rng.randrange(2)
+
+    def until_then(*args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise Interrupted
+        return work(*args, **kwargs)
+
+    with mock.patch.object(what, name, until_then), contextlib.suppress(Interrupted):
+        engine.step()

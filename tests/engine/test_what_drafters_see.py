@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from dspark.budget.guard import Guard
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
@@ -24,7 +23,7 @@ from dspark.engine.engine import Engine
 from dspark.target.loading import load_target
 from dspark.types import Drafter, Request, SamplingParams
 from engine.models import VOCAB_SIZE, Known, OracleDrafter, random_target, reference_features
-from engine.spies import Spy, Whole
+from engine.spies import Fickle, Spy, Whole, interrupt
 
 LAYERS = (0, 1)
 NUM_TEXTS = 10
@@ -140,54 +139,6 @@ def says_what(whole: Whole):
             torch.testing.assert_close(logits, known[0][len(tokens) - 1], atol=5e-3, rtol=2e-3)
 
     return check
-
-
-class Fickle(Guard):
-    """Drafts now for these and now for those."""
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(Known())
-        self.rng = rng
-
-    def choose(self, request_ids, load):
-        self.reason = "a whim"
-        share = self.rng.choice([0, 0.5, 1, 1])
-        return [b for b in range(len(request_ids)) if self.rng.random() < share]
-
-    def observe(self, record):
-        pass
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(engine: Engine, rng: random.Random) -> None:
-    """A step that ends in the middle of its work."""
-    places = [
-        (engine.target, "extend"),
-        (engine.target, "keep"),
-        (engine.rule, "verify"),
-        (engine.drafting, "keep_features"),
-        (engine.ledger, "_append"),
-    ]
-    what, name = rng.choice(places + [(engine.prefixes, "note")] * (engine.prefixes is not None))
-    work, calls = getattr(what, name), rng.randrange(2)
-
-    def until_then(*args, **kwargs):
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise Interrupted
-        return work(*args, **kwargs)
-
-    setattr(what, name, until_then)
-    try:
-        engine.step()
-    except Interrupted:
-        pass
-    finally:
-        delattr(what, name)
 
 
 @pytest.mark.parametrize(

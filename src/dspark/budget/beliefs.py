@@ -190,14 +190,15 @@ class LiveBeliefs:
         self._logged_at[name] = learner.num_rounds
 
     def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
+        draft = Draft(kept, kept.sum(1), parents=record.parents)
         happened, seen = accepted.numpy(), kept.numpy().copy()
         if record.parents is None:
             seen[:, 1:] &= happened[:, :-1]
         else:
-            seen &= parent_survival(Draft(kept, kept.sum(1), parents=record.parents), accepted.double()).numpy() > 0
+            seen &= parent_survival(draft, accepted.double()).numpy() > 0
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
-                seen[b] &= asked.stated.place[b] < len(request.tokens) - asked.num_tokens[b]
+                seen[b] &= draft.depth[b].numpy() <= len(request.tokens) - asked.num_tokens[b]
         rows, columns = np.nonzero(seen)
         chosen = None if record.chosen is None else record.chosen.numpy()
         if chosen is not None and record.chosen is not record.kept:

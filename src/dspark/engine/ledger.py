@@ -35,7 +35,8 @@ class Ledger:
         features = self.prefixes.attach(request)
         if features is not None:
             self.drafting.keep_features(request, features)
-        if not request.generated:  # one that was preempted finds itself
+        if not request.has_begun:  # one that was preempted finds itself
+            request.has_begun = True
             record.num_prefix_asked += request.num_prompt_tokens
             record.num_prefix_found += request.num_cached
             request.num_prompt_found = request.num_cached

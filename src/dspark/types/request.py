@@ -62,6 +62,7 @@ class Request:
     finish_reason: str | None = None
     text: Any = field(default=None, repr=False)  # the engine's running translation into text
     matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
+    has_begun: bool = False  # was looked up in a prefix cache
     num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
 
     @property
