@@ -170,6 +170,7 @@ class Tree:
             self.rows[node] = len(self.rows)
 
     def children(self, node: int) -> list[int]:
+        """Kept draft tokens after `node`, in the order of the draft; -1 is the anchor."""
         return self._children.get(node, [])
 
     def child(self, node: int, token: int) -> int | None:

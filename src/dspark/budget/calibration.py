@@ -71,6 +71,7 @@ class Outcomes:
         )
 
     def of_domain(self, domain: str) -> Outcomes:
+        """The part of one domain."""
         return self.of_prompts(torch.tensor([d == domain for d in self.domains]))
 
     @property
@@ -128,6 +129,7 @@ class Calibration:
         return scaled
 
     def save(self, path: Path) -> None:
+        """Write it as calibration.json."""
         _write(path, {"format": _FORMAT, **dataclasses.asdict(self)})
 
     def save_for_sglang(self, path: Path) -> None:

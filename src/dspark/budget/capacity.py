@@ -40,6 +40,7 @@ class Capacity:
 
     @property
     def is_known(self) -> bool:
+        """Whether steps have been seen, so that `seconds` has something to go by."""
         return self.decoding.is_known
 
     def seconds(

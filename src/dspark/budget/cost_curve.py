@@ -70,6 +70,7 @@ class CostCurve:
 
     @property
     def is_known(self) -> bool:
+        """Whether there is anything to go by."""
         return self.num_observed > 0
 
     def _num_within(self, distance: int, size: int, requests: int) -> int:
@@ -136,6 +137,7 @@ class CostCurve:
         self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
 
     def as_json(self) -> dict[str, Any]:
+        """What a capacity file keeps of it."""
         return {
             "places": [
                 [p.size, p.requests, p.context, [round(s * self.speed, 9) for s in p.seconds]]

@@ -77,6 +77,7 @@ class Hindsight:
         return 1 - self.best / self.chosen if self.chosen else 0.0
 
     def as_json(self) -> dict[str, Any]:
+        """All counts, and with `per_step` a row for each step."""
         return {
             "num_steps": self.num_steps,
             "verified": self.verified,

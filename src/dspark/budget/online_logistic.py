@@ -114,4 +114,5 @@ class OnlineLogistic:
 
 
 def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-z)), for arrays."""
     return 1.0 / (1.0 + np.exp(-x))

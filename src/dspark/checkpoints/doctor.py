@@ -100,6 +100,7 @@ class Diagnosis:
 
     @property
     def best(self) -> Measurement:
+        """The reading with the highest tau."""
         return self.measurements[0]
 
 

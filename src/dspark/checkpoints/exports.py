@@ -53,6 +53,7 @@ class Drafter:
 
     @property
     def dtype(self) -> str:
+        """Of the weights, as config.json names it."""
         return str(self.tensors["fc.weight"].dtype).removeprefix("torch.")
 
 

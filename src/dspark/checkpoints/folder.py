@@ -112,6 +112,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
+        """Of the weights on disk."""
         return sum(file.stat().st_size for file in self.files)
 
 

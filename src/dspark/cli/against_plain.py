@@ -34,6 +34,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
+        """Times as fast as plain decoding."""
         return self.tokens_per_second / self.plain_tokens_per_second
 
     def as_json(self) -> dict[str, Any]:

@@ -42,10 +42,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
 
     def format_usage(self) -> str:
+        """One line: the command, what it cannot do without, and [OPTIONS]."""
         self.usage = self._short_usage()
         return super().format_usage()
 
     def format_help(self) -> str:
+        """As argparse's, below the short usage."""
         self.usage = self._short_usage()
         return super().format_help()
 

@@ -16,7 +16,7 @@ TABLE_BYTES = 64 * 2**20  # the largest table of all biases that is worth its me
 
 
 class NoHead(nn.Module):
-    """DFlash: every position is drawn from the backbone's own logits, independently of the others."""
+    """DFlash: every position is drawn from the backbone's own logits, independently of the others. Methods: MarkovHead's."""
 
     markov_w2: None = None
 
@@ -95,6 +95,7 @@ class GatedHead(MarkovHead):
     """The hidden state chooses how much of the previous token's bias to take."""
 
     def for_drawing(self) -> MarkovHead:
+        """Itself: no table holds biases that depend on the hidden state."""
         return self  # its biases depend on more than the token
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
@@ -109,6 +110,7 @@ class RnnHead(MarkovHead):
     """A gated recurrence over the drafted tokens (eq. 6): remembers more than the last one."""
 
     def for_drawing(self) -> MarkovHead:
+        """Itself: no table holds biases that depend on all tokens before."""
         return self
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
@@ -116,6 +118,7 @@ class RnnHead(MarkovHead):
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def initial_state(self, batch: int) -> Tensor | None:
+        """[B, r] zeros: s_0 of eq. 6."""
         return self.markov_w1.weight.new_zeros(batch, self.markov_w1.embedding_dim)
 
     def _latent(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -125,6 +128,7 @@ class RnnHead(MarkovHead):
         return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)  # output: from the old state
 
     def latents(self, previous: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As MarkovHead.latents, position after position, for each state needs the one before."""
         e = self.markov_w1(previous)
         state = self.initial_state(len(previous))
         latents = []

@@ -112,6 +112,7 @@ class Requirement:
 
     @property
     def least(self) -> float:
+        """The lowest ratio to the baseline that passes."""
         return max(self.at_least or 0.0, 0.0 if self.max_drop is None else 1 - self.max_drop)
 
 

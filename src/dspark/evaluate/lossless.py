@@ -48,14 +48,17 @@ class TokenCheck:
 
     @property
     def num_explained(self) -> int:
+        """Differences that rounding in the dtype accounts for."""
         return sum(p.difference.is_explained for p in self.partings)
 
     @property
     def num_unexplained(self) -> int:
+        """Differences that nothing accounts for: bugs."""
         return len(self.partings) - self.num_explained
 
     @property
     def tau(self) -> float:
+        """Tokens committed per target pass, over all texts."""
         return 1 + self.num_accepted / self.num_passes if self.num_passes else 1.0
 
     def add(self, generation: Generation) -> None:
@@ -96,6 +99,7 @@ class LawCheck:
 
     @property
     def is_unexplained(self) -> bool:
+        """Whether the two samples are too unlike to come from one law."""
         return self.test.p < LEAST_P
 
     def as_json(self) -> dict[str, Any]:

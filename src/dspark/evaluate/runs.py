@@ -68,6 +68,7 @@ class Unit:
 
     @property
     def usual_seconds(self) -> float:
+        """The median over the repeats."""
         return statistics.median(self.seconds)
 
 
@@ -82,13 +83,16 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
+        """Over all units, each at its usual seconds."""
         return sum(u.num_tokens for u in self.units) / sum(u.usual_seconds for u in self.units)
 
     @property
     def tau(self) -> float:
+        """Tokens committed per target pass, over all units."""
         return sum(u.num_committed for u in self.units) / max(1, sum(u.num_passes for u in self.units))
 
     def save(self, path: Path) -> None:
+        """Keep it as JSON, for a later `dspark compare --against`."""
         path.write_text(json.dumps({"format": _FORMAT, **asdict(self)}), encoding="utf-8")
 
     @classmethod

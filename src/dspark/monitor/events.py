@@ -35,5 +35,6 @@ class EventLog:
             self._file.emit(logging.LogRecord(event, logging.INFO, "", 0, line, None, None))
 
     def close(self) -> None:
+        """Write what is left and close the file."""
         if self._file is not None:
             self._file.close()

@@ -43,6 +43,7 @@ class Difference:
 
     @property
     def is_explained(self) -> bool:
+        """Whether rounding in the dtype can turn this pair of tokens."""
         return self.gap is not None and self.gap <= self.tolerance
 
     def as_json(self) -> dict[str, Any]:

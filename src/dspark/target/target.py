@@ -94,14 +94,17 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
+        """Width of the hidden states, and of one layer of features."""
         return int(self.config.hidden_size)
 
     @cached_property
     def dtype(self) -> torch.dtype:
+        """Of the weights, and of keys and values."""
         return self.model.get_input_embeddings().weight.dtype
 
     @cached_property  # asked for many times a step
     def device(self) -> torch.device:
+        """Where weights and cache are."""
         return self.model.get_input_embeddings().weight.device
 
     @property

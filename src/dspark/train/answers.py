@@ -123,6 +123,7 @@ class EngineAnswerer:
         self.engine, self.renderer = engine, renderer
 
     def run(self, jobs: Iterator[Job], settings: AnswerSettings, done: Callable[[dict[str, Any]], None]) -> None:
+        """As Answerer.run, many records at a time."""
         running: list[tuple[Request, Job]] = []
         is_empty = False
         while running or not is_empty:
@@ -195,6 +196,7 @@ class Tally:
 
     @property
     def num_records(self) -> int:
+        """Written, failed and skipped."""
         return self.written + self.failed + self.skipped
 
 

@@ -29,9 +29,11 @@ class Counts:
 
     @property
     def skipped(self) -> int:
+        """Records left out, for whatever reason."""
         return self.reasons.total()
 
     def skipped_by_reason(self) -> list[tuple[str, int]]:
+        """(reason, count), the most frequent first."""
         return self.reasons.most_common()
 
 

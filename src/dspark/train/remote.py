@@ -34,6 +34,7 @@ class ServerAnswerer:
         self.base_url, self.model, self.renderer = base_url, model, renderer
 
     def run(self, jobs: Iterator[Job], settings: AnswerSettings, done: Callable[[dict[str, Any]], None]) -> None:
+        """As Answerer.run, with so many requests in flight as a batch has."""
         with ThreadPoolExecutor(settings.batch) as pool:
             running: set[Future[dict[str, Any]]] = set()
             for job in jobs:

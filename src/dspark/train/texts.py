@@ -40,6 +40,7 @@ class Text:
 
     @property
     def num_learned(self) -> int:
+        """Tokens that may be learned."""
         return int(self.loss_mask.sum())
 
     @property
@@ -66,6 +67,7 @@ class TextsInfo:
     counts: dict[str, int]
 
     def save(self, folder: Path) -> None:
+        """Write texts.json into the folder, whole or not at all."""
         with replace_file(folder / INFO) as partial:
             partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 

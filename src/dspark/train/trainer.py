@@ -247,6 +247,7 @@ class Trainer:
 
     @property
     def state_path(self) -> Path:
+        """The file from which `resume` goes on."""
         return self.plan.out / STATE
 
     def save(self) -> None:

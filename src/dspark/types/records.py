@@ -110,6 +110,7 @@ class RequestRecord:
 
     @property
     def first_token_seconds(self) -> float | None:
+        """When the first token came, on the clock of the others; None: there is none."""
         return self.token_seconds[0] if self.token_seconds else None
 
 
