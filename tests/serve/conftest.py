@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 
@@ -21,11 +23,15 @@ from dspark.serve.dashboard import make_dashboard
 from dspark.serve.engine_process import EngineProcess
 from dspark.serve.process import Server, listen
 from dspark.serve.settings import ServeSettings
+from serve import engines
 from serve.engines import assert_all_free
 
 if TYPE_CHECKING:
     from dspark.monitor.monitoring import Monitoring
     from dspark.target.kv_cache import KVCache
+
+
+_THREADS = 8  # of an engine's process: main, steps, watchdog, hearing, sending, grammars, pages, and one of tqdm
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Served:
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
     cache: KVCache | None = None  # of an engine beside it
+    faults: Path | None = None  # where an engine in a process of its own is told what is to break
 
     def stop(self) -> None:
         """What SIGTERM does."""
@@ -65,14 +72,24 @@ class Served:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + "/v1", api_key="any", max_retries=0, timeout=60)
 
+    def metric(self, name: str) -> float:
+        """Added up over series whose names and labels contain this."""
+        lines = httpx.get(self.url + "/metrics", timeout=60).raise_for_status().text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if name in line and not line.startswith("#"))
+
     def settle(self) -> None:
-        """Wait until nothing runs; then every slot must be free."""
+        """Wait until nothing runs; then every slot must be free, and no thread be there but those that always are."""
         deadline = time.monotonic() + 60
-        while (self.backend.num_open or (self.cache and self.cache.request_ids)) and time.monotonic() < deadline:
+        while self.backend.num_open or self._num_in_use():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert self.backend.num_open == 0
         if self.cache:
             assert_all_free(self.cache)
+        else:
+            assert self.metric("test_threads") <= _THREADS
+
+    def _num_in_use(self) -> float:
+        return len(self.cache.request_ids) if self.cache else self.metric("test_slots_in_use")
 
 
 @contextmanager
@@ -119,7 +136,7 @@ def serving(
 @contextmanager
 def in_two_processes(make, *arguments) -> Iterator[Served]:
     """As `dspark serve` does it: `make` runs in the engine's process, of which nothing is left."""
-    with EngineProcess(make, *arguments) as engine:
+    with EngineProcess(engines.leaving_nothing, make, *arguments) as engine:
         engine.wait_until_ready()
         with http(engine, 10.0) as served:
             yield served
@@ -142,6 +159,18 @@ def served(target) -> Iterator[Served]:
     engine = Engine(target, load_drafter("dspark", target), scheduler="fixed:7")
     with serving(engine) as one:
         yield one
+
+
+@pytest.fixture(scope="package")
+def far() -> Iterator[Served]:
+    """The same in two processes, as users run it."""
+    with in_two_processes(engines.pair) as one:
+        yield one
+
+
+@pytest.fixture(params=["served", "far"])
+def either(request) -> Served:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

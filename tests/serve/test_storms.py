@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
 
-from dspark import Engine, load_drafter
+from dspark import Engine
 from serve.conftest import serving
 
 BODY = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 1, "seed": 5, "max_tokens": 24}
@@ -81,32 +81,49 @@ def test_the_same_seed_gives_the_same_text_alone_and_among_others(served, plain)
     assert together(served, crowd) == [expected, expected]
 
 
-def test_half_of_two_hundred_clients_leave(target):
-    engine = Engine(target, load_drafter("dspark", target))
-    with serving(engine, max_choices=1) as served:
-        expected = together(served, lambda client: whole(client, BODY))
-        rng = random.Random(2)
+def test_half_of_two_hundred_clients_leave(either):
+    expected = together(either, lambda client: whole(client, BODY))
+    rng = random.Random(2)
 
-        async def client_of(client, i):
-            if i % 2:
-                return await (streamed if i % 4 == 1 else whole)(client, {**BODY, "max_tokens": 24})
-            leaving = {**BODY, "max_tokens": 2000, "ignore_eos": True}
-            if i % 4 == 0:
-                return await streamed(client, leaving, max_events=rng.randint(0, 6))
-            with pytest.raises((asyncio.TimeoutError, httpx.HTTPError)):
-                await asyncio.wait_for(whole(client, leaving), rng.random())
-            return None
+    async def client_of(client, i):
+        if i % 2:
+            return await (streamed if i % 4 == 1 else whole)(client, BODY)
+        leaving = {**BODY, "max_tokens": 2000, "ignore_eos": True}
+        if i % 4 == 0:
+            return await streamed(client, leaving, max_events=rng.randint(0, 6))
+        if i % 8 == 2:
+            leaving = {**BODY, "max_tokens": 2000, "response_format": {"type": "json_object"}}
+        with pytest.raises((asyncio.TimeoutError, httpx.HTTPError)):
+            await asyncio.wait_for(whole(client, leaving), rng.random() / 10)
+        return None
 
-        texts = together(served, lambda client: asyncio.gather(*(client_of(client, i) for i in range(200))))
-        assert [t for i, t in enumerate(texts) if i % 2] == [expected] * 100
-        served.settle()
-        assert together(served, lambda client: whole(client, BODY)) == expected
+    texts = together(either, lambda client: asyncio.gather(*(client_of(client, i) for i in range(200))))
+    assert [t for i, t in enumerate(texts) if i % 2] == [expected] * 100
+    either.settle()
+    assert together(either, lambda client: whole(client, BODY)) == expected
 
 
-def test_a_slow_reader_slows_nobody(served, plain):
+def test_a_storm_of_clients_that_leave_at_once(either):
+    expected = together(either, lambda client: whole(client, BODY))
+
+    async def leaving(client):
+        tasks = [
+            asyncio.ensure_future(whole(client, {**BODY, "max_tokens": 2000, "ignore_eos": True})) for _ in range(100)
+        ]
+        await asyncio.sleep(0.3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return await whole(client, BODY)
+
+    assert together(either, leaving) == expected
+    either.settle()
+
+
+def test_a_slow_reader_slows_nobody(either, plain):
     expected = plain("What is a river?", temperature=1, seed=5, max_tokens=24).text
     long = {**BODY, "max_tokens": 1500, "ignore_eos": True}
-    host, port = served.url.removeprefix("http://").split(":")
+    host, port = either.url.removeprefix("http://").split(":")
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.connect((host, int(port)))
@@ -116,8 +133,8 @@ def test_a_slow_reader_slows_nobody(served, plain):
             b"Content-Length: %d\r\n\r\n" % len(content) + content
         )
         slow.recv(100)  # and never again
-        assert together(served, lambda client: whole(client, BODY)) == expected
-    served.settle()
+        assert together(either, lambda client: whole(client, BODY)) == expected
+    either.settle()
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)

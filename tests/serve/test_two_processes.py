@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -34,9 +34,20 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCH
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[Served]:
-    with in_two_processes(engines.pair) as served:
+def frail(tmp_path_factory) -> Iterator[Served]:
+    """One that answers one request at a time, and of which tests say what breaks."""
+    faults = tmp_path_factory.mktemp("faults")
+    with in_two_processes(engines.pair, 1, 1, 0.3, 1.0, faults) as served:
+        served.backend._stuck_seconds = 60.0  # so that it is the engine that says so
+        served.faults = faults
         yield served
+
+
+@contextmanager
+def broken(served, name: str) -> Iterator[None]:
+    (served.faults / name).touch()
+    yield
+    (served.faults / name).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +92,10 @@ def test_what_speculation_did_crosses_over_too(far):
     assert together(far, lambda client: whole(client, again)) == first["message"]["content"]
 
 
-def test_clients_that_leave_and_signals_meant_for_the_server_change_nothing(far, expected):
-    rng = random.Random(2)
+def test_signals_that_are_meant_for_the_server_do_not_end_the_engine(far, expected):
     os.kill(far.process.pid, signal.SIGINT)  # as Ctrl-C does, which reaches the whole group
     os.kill(far.process.pid, signal.SIGTERM)
-
-    async def client_of(client, i):
-        if i % 3 == 0:
-            return await (streamed if i % 2 else whole)(client, BODY)
-        leaving = {**BODY, "max_tokens": 2000, "ignore_eos": True}
-        if i % 3 == 1:
-            return await streamed(client, leaving, max_events=rng.randint(0, 6))
-        if i % 2:
-            leaving = {**BODY, "max_tokens": 2000, "response_format": FORMAT}
-        with pytest.raises((asyncio.TimeoutError, httpx.HTTPError)):
-            await asyncio.wait_for(whole(client, leaving), rng.random() / 100)
-        return None
-
-    texts = together(far, lambda client: asyncio.gather(*(client_of(client, i) for i in range(60))))
-    assert texts[::3] == [expected] * 20
-    far.settle()
+    assert together(far, lambda client: whole(client, BODY)) == expected
 
 
 def test_grammars_are_compiled_on_the_other_side(far):
@@ -125,67 +120,102 @@ def test_pages_show_what_the_engine_knows(far):
     assert httpx.get(far.url + "/health").status_code == httpx.get(far.url + "/ready").status_code == 200
 
 
-def test_a_broken_drafter_a_full_queue_and_then_a_killed_engine(expected):
-    """Its death is the end of what it had, said to every client, and then of the server."""
-    with in_two_processes(engines.pair, True, 1, 1) as served:
-        url = served.url + "/v1/chat/completions"
+def test_a_corrupted_drafter_costs_acceptance_and_a_corrupted_answer_a_canary(frail, expected):
+    def ask(num: int) -> None:
+        for i in range(num):
+            body = {**BODY, "messages": [{"role": "user", "content": OTHERS[i % 5]}], "seed": i, "max_tokens": 40}
+            together(frail, lambda client, body=body: whole(client, body))
 
-        async def crowd(client):
-            return await asyncio.gather(*(client.post(url, json=BODY) for _ in range(6)))
+    def canaries(outcome: str, num: float) -> None:
+        deadline = time.monotonic() + 60
+        while (seen := frail.metric(f'canaries_total{{outcome="{outcome}"')) < num and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert seen == num
 
-        replies = together(served, crowd)
-        texts = [r.json()["choices"][0]["message"]["content"] for r in replies if r.status_code == 200]
-        refused = [r for r in replies if r.status_code == 429]
-        assert set(texts) == {expected} and refused and len(texts) + len(refused) == 6
-        assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
-        faults = [
-            line for line in httpx.get(served.url + "/metrics").text.splitlines() if "draft_faults_total{" in line
-        ]
-        assert float(faults[0].split()[-1]) > 0
-
-        long = {**BODY, "max_tokens": 4000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", url, json=long, timeout=60) as reply:
-            events = reply.iter_lines()
-            next(events)
-            served.process.kill()
-            rest = "\n".join(events)
-        assert '"code":"engine_error"' in rest and rest.endswith("data: [DONE]\n")
-        served.ended()
-        assert served.backend.has_failed and served.backend.num_open == 0
-
-        async def asked_again() -> list[int]:
-            transport = httpx.ASGITransport(served.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-                replies = [await client.get(path) for path in ("/health", "/ready", "/metrics")]
-                return [r.status_code for r in [*replies, await client.post("/v1/chat/completions", json=BODY)]]
-
-        assert asyncio.run(asked_again()) == [503] * 4
+    alarm = 'drift_alarms_total{request_class="sampled",signal="first_token_acceptance"'
+    ask(5)
+    canaries("equal", 5)
+    assert frail.metric(alarm) == 0
+    with broken(frail, "drafter-corrupt"):
+        ask(3)
+        assert together(frail, lambda client: whole(client, BODY)) == expected
+        canaries("equal", 9)
+        assert frail.metric(alarm) > 0
+    with broken(frail, "verdicts-wrong"):
+        assert together(frail, lambda client: whole(client, BODY)) != expected
+    canaries("unexplained", 1)
+    assert together(frail, lambda client: whole(client, BODY)) == expected
+    canaries("equal", 10)
+    frail.settle()
 
 
-def test_an_engine_that_is_stuck_is_said_to_be_until_it_goes_on(expected, tmp_path):
+@pytest.mark.parametrize("clock", ["time", "perf_counter"])
+def test_clocks_that_jump_in_both_processes_change_no_answer(frail, expected, clock):
+    with broken(frail, "clock-" + clock), engines.jumping(clock):
+        for ours in (whole, streamed):
+            assert together(frail, lambda client, ours=ours: ours(client, BODY)) == expected
+        assert httpx.get(frail.url + "/ready").status_code == 200
+    assert together(frail, lambda client: whole(client, BODY)) == expected
+    frail.settle()
+
+
+def test_an_engine_that_is_stuck_is_said_to_be_until_it_goes_on(frail, expected):
     """In a step, which it says itself, and stopped altogether, when it says nothing."""
-    gate = tmp_path / "gate"
 
     def health_becomes(status: int) -> None:
         deadline = time.monotonic() + 60
-        while (reply := httpx.get(served.url + "/health", timeout=60)).status_code != status:
+        while (reply := httpx.get(frail.url + "/health", timeout=60)).status_code != status:
             assert time.monotonic() < deadline, reply.text
             time.sleep(0.1)
         assert (status == 200) or reply.json()["error"]["message"] == "the engine is stuck"
 
-    with in_two_processes(engines.pair, False, 32, 256, 0.3, gate) as served:
-        served.backend._stuck_seconds = 60.0  # so that it is the engine that says so
-        with ThreadPoolExecutor(1) as asking:
-            answer = asking.submit(together, served, lambda client: whole(client, BODY))
+    with ThreadPoolExecutor(1) as asking:
+        with broken(frail, "stuck"):
+            answer = asking.submit(together, frail, lambda client: whole(client, BODY))
             health_becomes(503)
-            gate.touch()
-            assert answer.result(60) == expected
-        health_becomes(200)
-        served.backend._stuck_seconds = 0.3
-        os.kill(served.process.pid, signal.SIGSTOP)
-        health_becomes(503)
-        os.kill(served.process.pid, signal.SIGCONT)
-        health_becomes(200)
+        assert answer.result(60) == expected
+    health_becomes(200)
+    frail.backend._stuck_seconds = 0.3
+    os.kill(frail.process.pid, signal.SIGSTOP)
+    health_becomes(503)
+    os.kill(frail.process.pid, signal.SIGCONT)
+    health_becomes(200)
+
+
+def test_a_drafter_that_raises_a_full_queue_and_then_a_killed_engine(frail, expected):
+    """Its death is the end of what it had, said to every client, and then of the server."""
+    url = frail.url + "/v1/chat/completions"
+
+    async def crowd(client):
+        return await asyncio.gather(*(client.post(url, json=BODY) for _ in range(6)))
+
+    with broken(frail, "drafter-raises"):
+        replies = together(frail, crowd)
+    texts = [r.json()["choices"][0]["message"]["content"] for r in replies if r.status_code == 200]
+    refused = [r for r in replies if r.status_code == 429]
+    assert set(texts) == {expected} and refused and len(texts) + len(refused) == 6
+    assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
+    assert frail.metric("draft_faults_total{") > 0
+    frail.settle()
+    assert together(frail, lambda client: whole(client, BODY)) == expected
+
+    long = {**BODY, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url, json=long, timeout=60) as reply:
+        events = reply.iter_lines()
+        next(events)
+        frail.process.kill()
+        rest = "\n".join(events)
+    assert '"code":"engine_error"' in rest and rest.endswith("data: [DONE]\n")
+    frail.ended()
+    assert frail.backend.has_failed and frail.backend.num_open == 0
+
+    async def asked_again() -> list[int]:
+        transport = httpx.ASGITransport(frail.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            replies = [await client.get(path) for path in ("/health", "/ready", "/metrics")]
+            return [r.status_code for r in [*replies, await client.post("/v1/chat/completions", json=BODY)]]
+
+    assert asyncio.run(asked_again()) == [503] * 4
 
 
 def test_the_engine_waits_for_no_server_that_is_slow_to_hear():

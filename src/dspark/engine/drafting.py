@@ -40,8 +40,7 @@ class Drafting:
         rows = [b for b in with_room if decoding[b].id not in self._failed]
         if self.guard is not None and rows:
             assert record.load is not None
-            could = [decoding[b] for b in rows]
-            chosen = self.guard.choose([r.id for r in could], record.load, [_kind(r) for r in could])
+            chosen = self.guard.choose([decoding[b].id for b in rows], record.load)
             if len(chosen) < len(rows):
                 left_out = {*rows} - {rows[c] for c in chosen}
                 rows = [rows[c] for c in chosen]
@@ -132,11 +131,6 @@ class Drafting:
                 self._give_up(record, full, error)
         for request in full:
             request.features_start, request.features = request.num_cached, None
-
-
-def _kind(request: Request) -> tuple[str | None, bool]:
-    """Requests of one kind are expected to fare alike. Texts that take the likeliest token, nearly, are far easier to guess."""
-    return request.params.traffic_class, request.params.temperature < 0.5
 
 
 def _join_features(request: Request) -> int:

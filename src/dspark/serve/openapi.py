@@ -167,8 +167,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def whole_or_events(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The same for an answer that comes in one object or, with `stream`, in events."""
-    events = {"type": "string", "description": "`data: {...}`, each a chunk as OpenAI has them, then `data: [DONE]`"}
-    content = {"text/event-stream": {"schema": events}}
+    data = {"type": "string", "description": "a chunk as OpenAI has them, in JSON; in the last event `[DONE]`"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    content = {"text/event-stream": {"schema": event}}  # of each, in OpenAPI before 3.2
     return {200: {"model": whole, "content": content}, **errors(400, 401, 404, 408, 413, 429, 500, 503)}
 
 
