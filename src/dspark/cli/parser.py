@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             found.parser.refuse(unknown)
+        del found.parser  # what is found goes to other processes, and parsers cannot
         return found
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
