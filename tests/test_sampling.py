@@ -207,6 +207,8 @@ def test_token_logprobs() -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1e38),  # noise of that size is infinite, and then an excluded token is drawn as well
+        ("temperature", True),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.01),
@@ -216,9 +218,12 @@ def test_token_logprobs() -> None:
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e-300),  # 0 in single precision
         ("presence_penalty", math.inf),
+        ("presence_penalty", 1e300),
         ("frequency_penalty", math.nan),
         ("logit_bias", {3: math.nan}),
+        ("logit_bias", {3: 1e39}),
         ("logit_bias", {3: -math.inf}),
         ("max_tokens", 0),
         ("logprobs", -1),
@@ -228,6 +233,30 @@ def test_token_logprobs() -> None:
 def test_bad_parameters_are_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} must be .*; got"):
         SamplingParams(**{name: value})
+
+
+def test_the_largest_parameters_together_leave_a_law() -> None:
+    params = SamplingParams(
+        temperature=1e-30,
+        top_p=0.5,
+        min_p=0.5,
+        repetition_penalty=1e-6,
+        presence_penalty=-1e6,
+        frequency_penalty=1e6,
+        logit_bias={1: 1e6, 2: -1e6},
+    )
+    request = Request(0, [1, 2, 3, 1], params, num_prompt_tokens=2)
+    scores, temperature = shape_logits(30 * torch.randn(2, 50), [request] * 2, [[], [1, 1]])
+    assert not scores.isnan().any() and (scores > -math.inf).any(1).all()
+    found = law(scores, temperature)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2))
+
+
+def test_scores_that_are_no_numbers_have_a_law_and_others_keep_theirs() -> None:
+    scores = torch.tensor([[0.0, 1.0, 2.0], [math.nan, 1.0, 2.0], [-math.inf] * 3, [1.0, math.inf, math.inf]])
+    found = law(scores, torch.ones(4, 1))
+    torch.testing.assert_close(found[0], torch.softmax(scores[0], -1))
+    assert found[1:].tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
 
 
 def test_good_parameters() -> None:

@@ -50,10 +50,14 @@ def extended(paths: Sequence[Sequence[int]], tokens: Tensor, owners: Sequence[Re
 
 
 def law(scores: Tensor, temperature: Tensor) -> Tensor:
-    """[N, V] probabilities of scores [N, V] at temperature [N, 1]; temperature 0 is the one-hot limit."""
+    """[N, V] probabilities of scores [N, V] at temperature [N, 1]; temperature 0 is the one-hot limit.
+
+    Scores that are no numbers have the law of temperature 0: a law is a law, and other requests go on.
+    """
     greedy = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
     sampled = torch.softmax(scores / temperature.clamp_min(1e-6), dim=-1)
-    return torch.where(temperature > 0, sampled, greedy)
+    is_law = ~sampled[:, :1].isnan()  # one such score, and the whole row is none
+    return torch.where((temperature > 0) & is_law, sampled, greedy)
 
 
 def token_logprobs(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[TokenLogprobs]:

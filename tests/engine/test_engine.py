@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -374,3 +375,40 @@ def test_the_rejection_rule_refuses_an_anticipating_scheduler(target):
 def test_unknown_schedulers_are_refused(target, name):
     with pytest.raises(InvalidConfiguration, match="scheduler"):
         Engine(target, scheduler=name)
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_logits_that_are_no_numbers_hurt_their_request_alone(target, rule, monkeypatch):
+    class Echo(NGramDrafter):
+        def propose(self, requests, rule):
+            return Draft(torch.tensor([r.tokens[-2:] for r in requests]), torch.full((len(requests),), 2))
+
+    params = SamplingParams(temperature=1, top_p=0.9, seed=3, max_tokens=12)
+    expected = Engine(target, Echo(), "fixed:2", rule).generate([[1, 5, 9]], params)[0].token_ids
+    engine = Engine(target, Echo(), "fixed:2", rule)
+    ill, well = engine.submit([3, 1, 4], params), engine.submit([1, 5, 9], params)
+    engine.step()
+    extend = target.extend
+
+    def spoiled(spans, *more):
+        out = extend(spans, *more)
+        out.logits[: spans[0].num_logits] = math.nan
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "extend", spoiled)
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    assert well.generated == expected and len(ill.generated) == 12
+
+
+@pytest.mark.parametrize("seed", [np.int32(-5), np.int64(-5), np.uint8(7)])
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_seeds_of_any_integer_type_are_the_same_seed(target, seed, rule):
+    def text(seed):
+        engine = Engine(target, NGramDrafter(), rule=rule)
+        return engine.generate([[3, 1, 4]], SamplingParams(temperature=1, seed=seed, max_tokens=8))[0]
+
+    assert text(seed) == text(int(seed))
+    assert type(text(seed).seed) is int

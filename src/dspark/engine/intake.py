@@ -32,7 +32,7 @@ class Intake:
     def prepare(self, prompt: Prompt, params: SamplingParams, raw: bool = False) -> Request:
         """A checked request with an id and a seed of its own. Raises InvalidRequest."""
         tokens = self._tokenise(prompt, params, raw)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = secrets.randbits(63) if params.seed is None else int(params.seed)  # noise takes 64 bits of it
         return Request(next(_request_ids), tokens, params, num_prompt_tokens=len(tokens), seed=seed)
 
     def _tokenise(self, prompt: Prompt, params: SamplingParams, raw: bool) -> list[int]:

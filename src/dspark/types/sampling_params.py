@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -11,6 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark.errors import InvalidRequest
+
+# Of any number here, in size: single precision has room for what several of them make together, and far beyond any use.
+_LARGEST = 1e6
 
 
 class Matcher(Protocol):
@@ -80,31 +82,25 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            self._require(name, isinstance(getattr(self, name), Real), "a number")
+            self._require(name, _is_number(getattr(self, name)), "a number")
         for name in ("top_k", "max_tokens"):
             self._require(name, _is_integer(getattr(self, name)), "an integer")
         for name in ("seed", "logprobs"):
             self._require(name, getattr(self, name) is None or _is_integer(getattr(self, name)), "None or an integer")
-        self._require(
-            "temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number, 0 or more"
-        )
+        self._require("temperature", 0 <= self.temperature <= _LARGEST, f"0 to {_LARGEST:g}")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
-        self._require(
-            "repetition_penalty",
-            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
-            "a finite number above 0",
-        )
-        self._require("presence_penalty", math.isfinite(self.presence_penalty), "a finite number")
-        self._require("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number")
+        is_factor = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
+        self._require("repetition_penalty", is_factor, f"{1 / _LARGEST:g} to {_LARGEST:g}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, abs(getattr(self, name)) <= _LARGEST, f"{-_LARGEST:g} to {_LARGEST:g}")
         self._require("max_tokens", self.max_tokens >= 1, "1 or more")
         self._require("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more")
         is_by_token = isinstance(self.logit_bias, Mapping) and all(
-            _is_integer(token) and isinstance(bias, Real) and math.isfinite(bias)
-            for token, bias in self.logit_bias.items()
+            _is_integer(token) and _is_number(bias) and abs(bias) <= _LARGEST for token, bias in self.logit_bias.items()
         )
-        self._require("logit_bias", is_by_token, "finite numbers by token id")
+        self._require("logit_bias", is_by_token, f"numbers from {-_LARGEST:g} to {_LARGEST:g} by token id")
         are_strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         self._require("stop", are_strings, "strings that are not empty")
         are_ids = isinstance(self.stop_token_ids, Collection) and all(map(_is_integer, self.stop_token_ids))
@@ -124,6 +120,10 @@ class SamplingParams:
         """Whether the law is more than the logits at a temperature."""
         is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.grammar is not None
         return bool(self.logit_bias) or self.penalises or is_cut
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_integer(value: object) -> bool:
