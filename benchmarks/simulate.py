@@ -2,6 +2,7 @@
 
     python benchmarks/simulate.py
     python benchmarks/simulate.py --machine measured --capacity capacity.json --against load.json
+    python benchmarks/simulate.py --noise 0.1 --steps 1000     # nobody knows what steps cost; everyone learns it from them
 
 Drafts are recorded once from the real engine and verified in full, so it is known how much of each the target accepts.
 A simulated request goes through the recorded drafts of one real request; what is verified of a draft and what a step
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from benchmarks import prompts
 from dspark import Engine, SamplingParams, load_drafter, load_target
@@ -112,11 +114,22 @@ def record(target: str, drafter: str, num_tokens: int, path: Path | None) -> lis
     return [Recorded(torch.stack([c for c, _ in rounds]), [a for _, a in rounds]) for rounds in found.values()]
 
 
-def simulate(policy: str, machine: Capacity, recorded: Sequence[Recorded], num_requests: int, num_steps: int) -> float:
-    """Tokens per second of a closed loop."""
+def simulate(
+    policy: str,
+    machine: Capacity,
+    recorded: Sequence[Recorded],
+    num_requests: int,
+    num_steps: int,
+    noise: float | None = None,
+) -> float:
+    """Tokens per second of a closed loop.
+
+    noise  of a step's seconds (log-normal), from which their costs are learned; None: costs are known
+    """
     rng = random.Random(1)
-    scheduler = make_scheduler("fixed:0" if policy == "off" else policy, machine, allows_anticipation=True)
-    guard = Guard(machine) if policy == AUTO else None
+    believed = machine if noise is None else Capacity()
+    scheduler = make_scheduler("fixed:0" if policy == "off" else policy, believed, allows_anticipation=True)
+    guard = Guard(believed) if policy == AUTO else None
     length = recorded[0].confidence.shape[1]
     ids = count()
     # Each request: its id, whose drafts it goes through, and where it is.
@@ -134,10 +147,14 @@ def simulate(policy: str, machine: Capacity, recorded: Sequence[Recorded], num_r
         confidence = torch.stack([t.confidence[p] for t, p in zip(traces, places, strict=True)])
         draft = Draft(torch.zeros(num_requests, length, dtype=torch.long), sizes, confidence)
         survival = falling_survival(draft, survival_of(draft, confidence))
-        load = Load(num_requests, num_requests, context, machine.draft_seconds(len(rows), context))
+        draft_seconds = machine.draft_seconds(len(rows), context)
+        stretch = 1.0 if noise is None else rng.lognormvariate(0, noise)
+        load = Load(num_requests, num_requests, context, draft_seconds * stretch)
         keep = scheduler.choose(draft, survival, load)
         limits = torch.tensor([t.accepted[p] for t, p in zip(traces, places, strict=True)])
         accepted = keep & (draft.depth <= limits[:, None])
+        num_tokens = num_requests + int(keep.sum())
+        step_seconds = float(machine.seconds(np.array([num_tokens]), num_requests, context)[0])
         step = StepRecord(
             request_ids=[request_id for request_id, _, _ in state],
             drafted=sizes.tolist(),
@@ -148,9 +165,11 @@ def simulate(policy: str, machine: Capacity, recorded: Sequence[Recorded], num_r
             accepted_nodes=accepted,
             load=load,
             num_asked=len(rows),
+            num_tokens=num_tokens,
+            seconds={"target": step_seconds * stretch, "draft": draft_seconds * stretch},
             predicted_accepted=float((survival * keep).sum()),
         )
-        for learner in (guard, scheduler):
+        for learner in (believed, guard, scheduler):
             if hasattr(learner, "observe"):
                 learner.observe(step)
         state = [
@@ -159,8 +178,7 @@ def simulate(policy: str, machine: Capacity, recorded: Sequence[Recorded], num_r
         ]
         if now >= num_steps // 4:  # the first steps are for learning
             tokens += num_requests + int(accepted.sum())
-            size = np.array([num_requests + int(keep.sum())])
-            seconds += float(machine.seconds(size, num_requests, context)[0]) + load.draft_seconds
+            seconds += step_seconds + draft_seconds
     return tokens / seconds
 
 
@@ -172,6 +190,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--policies", default=POLICIES)
     add("--requests", default="1,8,32,128,256")
     add("--steps", type=int, default=200, help="counted steps of each policy (default 200)")
+    add("--noise", type=float, help="of a step's seconds, from which costs are learned (default: they are known)")
     add("--target", default="tiny")
     add("--drafter", default="dspark")
     add("--prompts", type=Path, help="a .jsonl file or a folder of them (default: a small set of our own)")
@@ -188,6 +207,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    transformers_logging.disable_progress_bar()
     policies, loads = options.policies.split(","), [int(n) for n in options.requests.split(",")]
     console = Console(width=None if sys.stdout.isatty() else 140)
     recorded = record(options.target, options.drafter, options.tokens, options.prompts)
@@ -201,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.machine.split(","):
         rates: dict[str, list[float]] = {}
         for policy in policies:
-            rates[policy] = [simulate(policy, machine(name, options), recorded, n, options.steps) for n in loads]
+            rates[policy] = [
+                simulate(policy, machine(name, options), recorded, n, options.steps, options.noise) for n in loads
+            ]
         found[name] = rates
         table = Table(title=f"{name}: tokens/s over plain decoding", title_justify="left")
         table.add_column("requests")
