@@ -92,7 +92,7 @@ class Never(Guard):
         super().__init__(engine_capacity)
         self.spared = spared
 
-    def choose(self, request_ids, load):
+    def choose(self, request_ids, load, kinds):
         self.reason = "test"
         return list(range(len(request_ids)))[: self.spared]
 

@@ -23,7 +23,7 @@ _MOST_PLACES = 256
 _MEDIAN_OF = 9
 _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
-_MOST_BETWEEN_FITS = 256
+_MOST_BETWEEN_FITS, _FEWEST_BETWEEN_FITS = 256, 45  # a fit, with what is looked up in it, takes a fifth of a small step
 _NEAR = 2  # places of size whose steps say what to expect of a new one
 _HALF_AS_FRESH, _OLD = 50, 0.02  # steps; share
 _LATEST = 4  # places that are looked at to see whether the fit has become old
@@ -40,6 +40,7 @@ class Place:
 
     expected  seconds that the first one was expected to take; 0: nothing was known
     latest    how many steps had been observed, anywhere, when the last one here was
+    fitted    the median that the last fit went by; 0: there was none
     """
 
     size: float
@@ -47,6 +48,7 @@ class Place:
     context: float
     expected: float = 0.0
     latest: int = 0
+    fitted: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
 
     @property
@@ -65,7 +67,7 @@ class CostCurve:
         self._places: OrderedDict[tuple[int, int, int], Place] = OrderedDict()
         self._recent: deque[tuple[Place, float]] = deque(maxlen=_SPEED_FROM)
         self._weights = np.zeros(0)
-        self._fit_after = 1
+        self._fitted_at, self._fit_after = 0, 1
         self._tables: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
 
     @property
@@ -102,9 +104,11 @@ class CostCurve:
         place.seconds.append(value)
         self.num_observed += 1
         place.latest = self.num_observed
-        self._follow_speed()
-        if self.num_observed >= self._fit_after or (self.num_observed % _SPEED_FROM == 0 and self._is_off()):
+        if self._follow_speed() or (self.num_observed % _SPEED_FROM == 0 and self._is_off()):
+            self._fit_after = min(self._fit_after, self._fitted_at + _FEWEST_BETWEEN_FITS)
+        if self.num_observed >= self._fit_after or (self.num_observed % _SPEED_FROM == 0 and self._is_elsewhere()):
             self.fit()
+            self._fitted_at = self.num_observed
             self._fit_after = self.num_observed + min(_MOST_BETWEEN_FITS, max(1, self.num_observed // 4))
 
     def seconds(self, sizes: Floats | NDArray[np.int64], requests: int, context: int) -> Floats:
@@ -135,6 +139,8 @@ class CostCurve:
         gram = weighted.T @ x + np.diag(_reluctance(x.shape[1]))
         start = self._weights / typical if len(self._weights) else np.zeros(len(gram))
         self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
+        for place, median in zip(places, seconds.tolist(), strict=True):
+            place.fitted = median
 
     def as_json(self) -> dict[str, Any]:
         """What a capacity file keeps of it."""
@@ -185,26 +191,31 @@ class CostCurve:
 
     def _is_off(self) -> bool:
         """Whether steps like the last ones have come to take something else than at the last fit."""
-        places = [p for p in islice(reversed(self._places.values()), _LATEST) if len(p.seconds) > _MEDIAN_OF // 2]
-        at = ((round(p.size), round(p.requests), round(p.context)) for p in places)
-        ratios = [p.median * self.speed / self.seconds_of(*where) for p, where in zip(places, at, strict=True)]
-        return any(abs(math.log(ratio)) > _SPEED_CHANGE for ratio in ratios)
+        return any(p.fitted and abs(math.log(p.median / p.fitted)) > _SPEED_CHANGE for p in self._latest())
 
-    def _follow_speed(self) -> None:
-        """When most of the last steps took longer than the same steps before, all steps do."""
+    def _is_elsewhere(self) -> bool:
+        """Whether some of the last steps are of sizes that the last fit did not know."""
+        return any(not p.fitted for p in self._latest())
+
+    def _latest(self) -> list[Place]:
+        places = islice(reversed(self._places.values()), _LATEST)
+        return [place for place in places if len(place.seconds) > _MEDIAN_OF // 2]
+
+    def _follow_speed(self) -> bool:
+        """When most of the last steps took longer than the same steps before, all steps do. Whether it was so."""
         if len(self._recent) <= _SPEED_FROM // 2:
-            return
+            return False
         ratios = sorted(ratio for _, ratio in self._recent)
         change = ratios[len(ratios) // 2]
         if abs(change) < _SPEED_CHANGE or ratios[len(ratios) // 4] * ratios[-1 - len(ratios) // 4] <= 0:
-            return
+            return False
         self.speed *= math.exp(change)
         # These were divided by the old speed; what is from before the change stays as it is.
         for place, ratio in self._recent:
             if len(place.seconds) > 1 and abs(ratio) > abs(change) / 2:
                 place.seconds.pop()
         self._recent.clear()
-        self.fit()
+        return True
 
     def _table_up_to(self, size: int, requests: int, context: int) -> tuple[Floats, Floats]:
         key = (max(16, 1 << size.bit_length()), requests, _context_place(context))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,14 @@ class GuardSettings:
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
-    reconsider_every  steps between decisions while there are about as many requests; eight times as many while it is off
+    reconsider_every  steps between decisions while there are about as many requests; eight times as many while it is off,
+                      up to four times where drafts have clearly paid for a while
     """
 
     min_observations: int = 24
     stop_below: float = 1.0
     start_above: float = 1.04
-    probe_share: float = 0.002
+    probe_share: float = 0.003
     plain_every: int = 200
     num_remembered: int = 24
     half_life: float = 8.0
@@ -50,20 +52,25 @@ class GuardSettings:
     reconsider_every: int = 8
 
 
-_MOST_REQUESTS = 4096
+_MOST_REQUESTS, _MOST_KINDS = 4096, 64
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
+_OTHERS = 24  # requests drafted for last, by which others of their kind are judged
+_OTHERS_HALF_LIFE = 8.0  # requests
+_STALE = 0.25  # what a request counts whose drafts are older than the memory
 _LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
+_CLEARLY = 1.15  # times as many tokens per second
 _TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
 
 
 @dataclass
 class _Fare:
-    """One request's drafts: (step, survival) of the last ones, how many there were, and accepted tokens promised by each."""
+    """One request's drafts: (step, survival) of the last ones, how many count, and accepted tokens promised by each."""
 
     rows: deque[tuple[int, Floats]]
+    kind: Hashable = None
     num: int = 0
     promise: float = 0.0
 
@@ -83,11 +90,14 @@ class Guard:
         self.is_drafting = True
         self.reason: str | None = None  # why `choose` left requests out
         self._by_request: OrderedDict[int, _Fare] = OrderedDict()
+        self._kinds: dict[int, Hashable] = {}
+        self._asked: frozenset[int] = frozenset()  # drafted for in this step
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
-        self._accepted = self._predicted = _TRUST_PRIOR  # draft tokens; as if beliefs had been right before
+        self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
+        self._num_clear = 0  # decisions, one after the other, to draft because it clearly pays
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
@@ -95,21 +105,33 @@ class Guard:
         self._chosen: set[int] | None = None  # None: all
         self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
+        self._decided_about: set[int] = set()
         self._decided_at = self._now = 0
         self._last_plain = self._last_probe = 0
         self._measured = -1  # when plain steps were last taken to be timed
 
-    def choose(self, request_ids: Sequence[int], load: Load) -> list[int]:
-        """Places in request_ids to draft for; `reason` says why others are not, if any."""
+    def choose(self, request_ids: Sequence[int], load: Load, kinds: Sequence[Hashable] = ()) -> list[int]:
+        """Places in request_ids to draft for; `reason` says why others are not, if any.
+
+        kinds  of the requests, where something is known of them: those of one kind are expected to fare alike
+        """
         self._now += 1
+        self._kinds = dict(zip(request_ids, kinds, strict=False))
+        rows = self._rows(request_ids, load)
+        self._asked = frozenset(request_ids[b] for b in rows)
+        return rows
+
+    def _rows(self, request_ids: Sequence[int], load: Load) -> list[int]:
         everyone, self.reason = list(range(len(request_ids))), None
         if not everyone or self._num_judged < self.settings.min_observations:
             return everyone
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        if self._is_due(load.num_requests):
-            self._decided_for = _about(load.num_requests)
+        if self._is_due(request_ids, load.num_requests):
+            if self._decided_for != _about(load.num_requests):
+                self._num_clear = 0
+            self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
             self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if not self.is_drafting:
             self.reason = "cost"
@@ -126,26 +148,36 @@ class Guard:
         """Learn how drafts fare, and what they cost beside plain steps."""
         self.side_by_side.observe(record)
         self.reading_up.observe(record, self.capacity)
-        if not any(record.drafted):
+        asked, self._asked = self._asked, frozenset()
+        if not asked:
             self._last_plain = self._now
-        if record.survival is None or record.kept is None or record.accepted_nodes is None:
             return
-        survival = record.survival.double().numpy()
-        for request_id, row, size in zip(record.request_ids, survival, record.drafted, strict=True):
-            if size:
-                self._remember(request_id, row)
-        self._num_judged += record.num_asked
-        fade = min(1.0, _TRUST_MEMORY / (self._predicted + 1e-9))
-        self._accepted = self._accepted * fade + sum(record.accepted)
-        self._predicted = self._predicted * fade + record.predicted_accepted
+        nothing = np.zeros((len(record.request_ids), 1))
+        survival = nothing if record.survival is None else record.survival.double().numpy()
+        promised = nothing if record.kept is None else survival * record.kept.numpy()
+        for b, request_id in enumerate(record.request_ids):
+            if request_id in asked:  # one that found nothing to propose has promised nothing
+                self._remember(request_id, survival[b])
+                self._compare(self._kinds.get(request_id), record.accepted[b], float(promised[b].sum()))
+        self._num_judged += len(asked)
 
-    @property
-    def trust(self) -> float:
-        """Accepted draft tokens for each that beliefs had promised, lately."""
-        return min(1.5, self._accepted / self._predicted)
+    def trust(self, kind: Hashable = None) -> float:
+        """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
+        accepted, promised = self._trust.get(kind, (1.0, 1.0))
+        return min(1.5, accepted / promised)
+
+    def _compare(self, kind: Hashable, accepted: float, promised: float) -> None:
+        # As if beliefs had been right before.
+        before, promised_before = self._trust.get(kind, (_TRUST_PRIOR, _TRUST_PRIOR))
+        fade = min(1.0, _TRUST_MEMORY / promised_before)
+        self._trust[kind] = (before * fade + accepted, promised_before * fade + promised)
+        if len(self._trust) > _MOST_KINDS:
+            del self._trust[next(iter(self._trust))]
 
     def _remember(self, request_id: int, row: Floats) -> None:
-        self._by_request.setdefault(request_id, _Fare(deque(maxlen=self.settings.num_remembered)))
+        if request_id not in self._by_request:
+            rows: deque[tuple[int, Floats]] = deque(maxlen=self.settings.num_remembered)
+            self._by_request[request_id] = _Fare(rows, self._kinds.get(request_id))
         self._by_request[request_id].add(self._now, row, self.settings.memory)
         self._by_request.move_to_end(request_id)
         if len(self._by_request) > _MOST_REQUESTS:
@@ -168,10 +200,12 @@ class Guard:
             return True
         return False
 
-    def _is_due(self, num_requests: int) -> bool:
+    def _is_due(self, request_ids: Sequence[int], num_requests: int) -> bool:
         """A decision costs about as much as a tenth of a small step, and while nothing is drafted little is learned."""
-        every = self.settings.reconsider_every if self.is_drafting else 8 * self.settings.reconsider_every
-        return self._decided_for != _about(num_requests) or self._now - self._decided_at >= every
+        every = self.settings.reconsider_every * (min(4, 1 + self._num_clear) if self.is_drafting else 8)
+        if self._decided_for != _about(num_requests) or self._now - self._decided_at >= every:
+            return True
+        return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
@@ -192,6 +226,7 @@ class Guard:
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
         # Of few requests drafted for, little is to be expected either way.
         self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
+        self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
         if self.is_drafting and not was_drafting:
             self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
         self._num_chosen = best
@@ -220,23 +255,38 @@ class Guard:
         """
         num = max(1, self.settings.num_remembered // len(request_ids))
         since = self._now - self.settings.memory
-        pool = [row for now, row in self._lately if now > since] or [self._lately[-1][1]]
+        pool = [row for _, row in self._lately if row.any()] or [self._lately[-1][1]]
         samples = np.zeros((num, len(request_ids), max(map(len, pool))))
-        usual, long_run = self._recent_mean(np.array([row.sum() for row in reversed(pool)])), np.zeros(len(request_ids))
+        usual = {kind: self._usual(kind) for kind in {self._kinds.get(i) for i in request_ids}}
+        long_run = np.array([usual[self._kinds.get(i)] for i in request_ids])
         for b, request_id in enumerate(request_ids):
             fare = self._by_request.get(request_id)
             own = [] if fare is None else [row for now, row in fare.rows if now > since]
             if fare is not None and own:
                 num_own = min(fare.num, _LONG_RUN)
-                long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * usual) / (num_own + _LIKE_OTHERS)
-            else:
-                long_run[b] = usual
+                long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * long_run[b]) / (num_own + _LIKE_OTHERS)
+            if not any(row.any() for row in own[-num:]):
+                own = []  # what was worth nothing cannot be scaled to what is expected
             for n in range(num):
                 row = own[-1 - n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
                 length = min(len(row), samples.shape[2])
                 samples[n, b, :length] = row[:length]
         promised = np.maximum(samples.sum(2).mean(0), 1e-9)
-        return np.minimum(samples * (self.trust * long_run / promised)[:, None], 1.0)
+        trust = np.array([self.trust(self._kinds.get(i)) for i in request_ids])
+        return np.minimum(samples * (trust * long_run / promised)[:, None], 1.0)
+
+    def _usual(self, kind: Hashable) -> float:
+        """Accepted tokens promised by a draft of requests of this kind, by those drafted for last."""
+        newest = list(islice(reversed(self._by_request.values()), _OTHERS))
+        alike = [fare for fare in newest if fare.kind == kind] or newest
+        total = weights = 0.0
+        for age, fare in enumerate(alike):
+            num = min(fare.num, _LONG_RUN)
+            weight = 0.5 ** (age / _OTHERS_HALF_LIFE) * num / (num + _LIKE_OTHERS)
+            if self._now - fare.rows[-1][0] > self.settings.memory:
+                weight *= _STALE
+            total, weights = total + weight * fare.promise, weights + weight
+        return total / weights
 
     def _expected(self, samples: Floats, num_decoding: int, load: Load) -> tuple[float, float]:
         """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it."""

@@ -53,11 +53,12 @@ class Ledger:
         sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
         next_tokens = verdict.next_tokens.tolist()
         parents = None if draft.parents is None else draft.parents.tolist()
-        first_token, first_row, b = 0, 0, 0
-        for request, span in zip(requests, spans, strict=True):
+        lengths = [len(span.tokens) for span in spans]
+        features = [None] * len(spans) if out.features is None else out.features.split(lengths)
+        first_row, b = 0, 0
+        for request, span, own in zip(requests, spans, features, strict=True):
             if not span.num_logits:
-                self._cache(request, span, range(len(span.tokens)), first_token, out.features)
-                first_token += len(span.tokens)
+                self._cache(request, span, range(len(span.tokens)), own)
                 continue
             nodes = [k for k, is_kept in enumerate(kept[b]) if is_kept]
             path = [i for i, node in enumerate(nodes) if accepted[b][node]]  # places among the kept tokens
@@ -69,7 +70,7 @@ class Ledger:
             if request.params.logprobs is not None:
                 rows = on_device([first_row, *(first_row + 1 + i for i in path)], out.logits.device)
                 logprobs = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
-            self._cache(request, span, chosen, first_token, out.features)
+            self._cache(request, span, chosen, own)
             # What takes long lies behind: an interrupt hardly ever finds a round half written.
             request.logprobs += logprobs
             if request.generated:
@@ -77,7 +78,7 @@ class Ledger:
                 is_cut_short = None if parents is None else all(parents[b][node] != end for node in nodes)
                 request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
             self._append(request, drafted, next_tokens[b])
-            first_token, first_row, b = first_token + len(span.tokens), first_row + span.num_logits, b + 1
+            first_row, b = first_row + span.num_logits, b + 1
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request and free all it holds."""
@@ -97,21 +98,20 @@ class Ledger:
         self.drafting.forget(request)
         request.num_cached = 0
 
-    def _cache(
-        self, request: Request, span: Span, chosen: Sequence[int], first_token: int, features: Tensor | None
-    ) -> None:
-        """Keep the chosen tokens of a span in the target's cache, and their features for the drafter."""
+    def _cache(self, request: Request, span: Span, chosen: Sequence[int], features: Tensor | None) -> None:
+        """Keep the chosen tokens of a span in the target's cache, and their features [n, F] for the drafter."""
         if len(chosen) < len(span.tokens):
             self.target.keep(request.id, span.start, chosen)
         request.num_cached += len(chosen)
-        if features is not None:
-            if chosen[-1] == len(chosen) - 1:  # a run
-                own = features[first_token : first_token + len(chosen)]
-            else:
-                own = features[on_device([first_token + place for place in chosen], features.device)]
-            self.drafting.keep_features(request, own)
-            if self.prefixes is not None:
-                self.prefixes.note(request, own)
+        if features is None:
+            return
+        if chosen[-1] != len(chosen) - 1:  # not a run
+            features = features[on_device(list(chosen), features.device)]
+        elif len(chosen) < len(features):
+            features = features[: len(chosen)]
+        self.drafting.keep_features(request, features)
+        if self.prefixes is not None:
+            self.prefixes.note(request, features)
 
     def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
         """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""
