@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dspark.checkpoints.dialects import DrafterConfig, dialect
@@ -67,7 +68,10 @@ def convert(
     verifier_name = verifier or (None if target is None else target.name)
     values, written = WRITERS[to](Drafter(source.name, config, tensors, own, (verifier_name, architecture)))
     noted = {key: source.config[key] for key in NOTED if key in source.config}  # for us: other stacks do not ask
-    write_checkpoint(out, {**values, **noted}, written)
+    try:
+        write_checkpoint(out, {**values, **noted}, written)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} could not be written ({error}): make room, or name another folder") from error
     before, after = set(source.tensors), set(written)
     return Conversion(
         written_by=str(dialect(source.config)),

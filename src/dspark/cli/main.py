@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write to an open file does not know its name
+            print(f"dspark: error: {error.strerror}: make room and run the same command again", file=sys.stderr)
+            return MISUSE
         if error.filename is None:
             raise
         print(f"dspark: error: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         engine = _engine(args, max(requests))
         from dspark.budget.capacity import usual_path
         from dspark.engine.measuring import Grid, measure
+    path = args.output or usual_path(engine.capacity.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)  # asked before anything is measured
     with progress("measuring", args.no_color):
         num_steps = measure(engine, Grid(requests, contexts, seconds=args.seconds))
     if not num_steps:
@@ -47,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
             f"no step of {args.requests} requests with {args.contexts} tokens each could be measured: the cache of "
             f"{args.target} has {engine.target.num_free_slots} slots, and its texts {engine.max_length} tokens"
         )
-    path = args.output or usual_path(engine.capacity.fingerprint)
     engine.capacity.save(path)
     rows = _rows(engine, requests, contexts)
     if args.sps:

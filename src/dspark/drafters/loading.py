@@ -39,7 +39,10 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
 
     `none`, `ngram`, `self`, `sparse`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id
     of a block drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options)
-    gives a Drafter.
+    gives a Drafter. All but `none` take `length`, the most tokens of a draft; checkpoints also take `dtype`, `tree` (the
+    tokens of a tree) and `width` (its branches per node). An option that it does not take is refused with those it does.
+
+    Raises CheckpointError where it does not fit the target, and InvalidConfiguration for a name that means nothing.
     """
     name = os.fspath(name_path_or_id)
     if isinstance(target, str):

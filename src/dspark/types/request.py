@@ -83,7 +83,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the user gets for one prompt."""
+    """What the user gets for one prompt.
+
+    text, token_ids  the answer, without the prompt; the text ends before a stop string
+    finish_reason    `stop` (an end token or a stop string), `length`, `cancelled`, `error`, or `unfinished` so far
+    rounds           a Round per target pass after the prompt
+    logprobs         per token, if SamplingParams asked for them
+    is_drafted       per token: was it an accepted draft token?
+    seed             what to give as SamplingParams(seed=...) to get the same text again
+    """
 
     prompt_token_ids: list[int] = field(repr=False)
     token_ids: list[int] = field(repr=False)
@@ -102,7 +110,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to a streamed request. fault: why its grammar could not be followed to its end."""
+    """What one step added to a streamed request.
+
+    text           what can be said already: it may lag behind token_ids, since a character or a stop string may be half there
+    is_drafted     per token: was it an accepted draft token?
+    finish_reason  None until the last one
+    fault          why its grammar could not be followed to its end
+    """
 
     text: str
     token_ids: list[int]
