@@ -19,6 +19,7 @@ from dspark.train.kinds import find_mask_token, make_config, shape_of, spread_la
 from dspark.train.plan import Plan, make_plan
 from dspark.train.texts import Text, TextsInfo, save_texts
 
+PAIR = Path(__file__).parents[2] / "pairs" / "tiny"
 DRAFTER = "[drafter]\nnum_hidden_layers = 1\nmask_token_id = 3\nmarkov_rank = 8\n"
 TRAIN = "[train]\nsteps = 2\nnum_validation = 2\n"
 
@@ -58,6 +59,13 @@ def test_flags_override_the_recipe(tmp_path: Path, target_folder: Path, data: Pa
     assert plan(tmp_path, target_folder, data, steps=7, seed=None).settings.steps == 7
 
 
+def test_a_drafter_to_go_on_from_that_a_flag_names_wins_over_the_recipes_own_start(
+    tmp_path: Path, target_folder: Path, data: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"start_from: .*dspark does not fit the target"):  # not: leave one out
+        plan(tmp_path, target_folder, data, DRAFTER, TRAIN + "start_from_target = true\n", start_from=PAIR / "dspark")
+
+
 @pytest.mark.parametrize(
     ("drafter", "train", "message"),
     [
@@ -68,6 +76,11 @@ def test_flags_override_the_recipe(tmp_path: Path, target_folder: Path, data: Pa
         ('[drafter]\narchitecture = "Medusa"\n', TRAIN, "architecture must be one of Qwen3DSparkModel"),
         (DRAFTER, TRAIN + 'optimizer = "sgd"\n', "optimizer must be one of muon, adamw"),
         (DRAFTER, TRAIN + 'start_from = "x"\nstart_from_target = true\n', "goes on from all weights"),
+        (
+            DRAFTER,
+            TRAIN + 'start_from_target = "maybe"\n',
+            "start_from_target must be one of True, False, where it fits",
+        ),
         (DRAFTER, TRAIN.replace("2", "0", 1), "steps must be 1 or more"),
         (DRAFTER, "[trian]\nsteps = 1\n", r"a table \[trian\]"),
         (DRAFTER, "", r"the tables \[drafter\] and \[train\]"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.errors import InvalidConfiguration
-from dspark.train.start import start_head_from_texts
+from dspark.train.start import WHERE_IT_FITS, start, start_head_from_texts
 from dspark.train.texts import Text
 
 VOCAB = 12
@@ -68,3 +71,24 @@ def test_other_heads_are_refused(rank: int, head: str) -> None:
     texts = [Text.after_prompt(torch.arange(10), 2)]
     with pytest.raises(InvalidConfiguration, match="for the vanilla Markov head"):
         start_head_from_texts(model_of(rank, head), texts)
+
+
+@pytest.mark.parametrize(("family", "is_like_llama"), [("llama", True), ("gpt2", False)])
+def test_a_recipe_for_any_target_copies_layers_where_it_fits(
+    caplog: pytest.LogCaptureFixture, family: str, is_like_llama: bool
+) -> None:
+    shape = dict(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
+    config = AutoConfig.for_model(family, **shape, intermediate_size=8, num_key_value_heads=1, head_dim=4)
+    target, model = AutoModelForCausalLM.from_config(config), model_of(rank=2)
+    settings = SimpleNamespace(start_from=None, start_from_target=True, start_head_from_texts=False)
+    if is_like_llama:
+        start(model, settings, target, [])
+    else:
+        drawn = [p.clone() for p in model.parameters()]
+        with pytest.raises(InvalidConfiguration, match="built like Llama or Qwen3"):
+            start(model, settings, target, [])
+        assert all(map(torch.equal, drawn, model.parameters()))  # refused before anything is changed
+    settings.start_from_target = WHERE_IT_FITS
+    start(model, settings, target, [])
+    assert bool(model.layers[0].mlp.down_proj.weight.any()) == is_like_llama
+    assert ("starting from drawn weights" in caplog.text) == (not is_like_llama)

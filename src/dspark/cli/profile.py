@@ -70,7 +70,7 @@ def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < least:
-        raise InvalidRequest(f"--{name} takes whole numbers of {least} or more, separated by commas; got {text!r}")
+        raise InvalidRequest(f"--{name} takes numbers of {least} or more, separated by commas; got {text!r}")
     return numbers
 
 

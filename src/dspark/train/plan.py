@@ -90,6 +90,8 @@ def _recipe(
     if "drafter" not in table or "train" not in table:
         raise InvalidConfiguration(f"expected the tables [drafter] and [train] in {path}; it has {', '.join(table)}")
     values = {**table["train"], **{name: value for name, value in train.items() if value is not None}}
+    if train.get("start_from"):  # the flag wins over the recipe's own way to begin
+        values |= {"start_from_target": False, "start_head_from_texts": False}
     settings = from_table(values, TrainSettings, f"{path} [train]")
     weights = from_table(table.get("loss", {}), LossWeights, f"{path} [loss]")
     architecture, config = make_config(table["drafter"], shape, tokenizer, f"{path} [drafter]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.modules import decoder_layers
 from dspark.train.texts import Text
 
+_log = logging.getLogger(__name__)
+
+WHERE_IT_FITS = "where it fits"  # of start_from_target: with targets of other families, drawn weights
 _PRIOR = 20.0  # pairs of a token that must be seen before they count for half
 
 
@@ -37,19 +41,21 @@ def start_from_target(model: Any, target: Any) -> None:
             f"start_from_target copies layers {first} and up, and needs a feature layer below; target_layer_ids are "
             f"{list(model.config.target_layer_ids)}: use fewer draft layers, an earlier feature layer, or random weights"
         )
-    copied = 0
+    pairs = []
     for layer, own in zip(model.layers, layers[first:], strict=True):
         theirs = own.state_dict()
-        for name, parameter in layer.named_parameters():
-            if name in theirs and theirs[name].shape == parameter.shape:
-                parameter.copy_(theirs[name])
-                copied += parameter.numel()
+        parameters = layer.named_parameters()
+        pairs += [(p, theirs[name]) for name, p in parameters if name in theirs and theirs[name].shape == p.shape]
+    copied = sum(parameter.numel() for parameter, _ in pairs)
     whole = sum(parameter.numel() for parameter in model.layers.parameters())
     if copied < 0.9 * whole or not hasattr(layers[first], "input_layernorm"):
         raise InvalidConfiguration(
             f"start_from_target needs a target built like Llama or Qwen3; of the draft layers' {whole} values {copied} "
-            f"have a counterpart in {type(target).__name__}: leave start_from_target out of the recipe"
+            f"have a counterpart in {type(target).__name__}: leave start_from_target out of the recipe, or set it to "
+            f'"{WHERE_IT_FITS}"'
         )
+    for parameter, value in pairs:
+        parameter.copy_(value)
     width = model.config.hidden_size
     model.fc.weight.normal_(std=0.02 * model.fc.in_features**-0.5)
     nearest = max(i for i, layer in enumerate(model.config.target_layer_ids) if layer < first)
@@ -116,6 +122,12 @@ def start(model: Any, settings: Any, target: Any, texts: Sequence[Text]) -> None
     """By the recipe: drawn weights, the target's last layers, or another drafter's; the head from texts if wanted."""
     if settings.start_from:
         start_from_drafter(model, settings.start_from)
+    elif settings.start_from_target == WHERE_IT_FITS:
+        try:
+            start_from_target(model, target)
+        except InvalidConfiguration as error:
+            _log.warning("starting from drawn weights, not from the target's: %s", str(error).partition(":")[0])
+            start_as_identity(model)
     elif settings.start_from_target:
         start_from_target(model, target)
     else:

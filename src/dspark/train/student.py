@@ -23,7 +23,7 @@ from dspark.train.distributed import shared, spread_like, whole, whole_state, wi
 from dspark.train.files import move_files, replace_file
 from dspark.train.optim import SCHEDULES, RunningMean, load_optimizer, make_adamw, make_optimizers, set_learning_rate
 from dspark.train.run_log import Table
-from dspark.train.start import start
+from dspark.train.start import WHERE_IT_FITS, start
 from dspark.train.texts import Text
 
 
@@ -42,7 +42,7 @@ class TrainSettings:
     checkpoint_layers  compute the layers again on the way back instead of keeping what is inside them
     num_validation     texts that are only evaluated
     validation_prompts decoded at every validation, validation_tokens each at most; 0: losses only
-    start_from_target  copy the target's last layers instead of drawing weights
+    start_from_target  copy the target's last layers instead of drawing weights; "where it fits": only of targets like Llama
     start_head_from_texts  the Markov head starts as the texts' own pairs of tokens
     start_from         folder of a drafter of the same shape to go on from
     """
@@ -71,7 +71,7 @@ class TrainSettings:
     save_seconds: float = 180.0
     log_every: int = 25
     max_length: int = 512
-    start_from_target: bool = False
+    start_from_target: bool | str = False
     start_head_from_texts: bool = False
     start_from: str | None = None
     seed: int = 0
@@ -81,9 +81,12 @@ class TrainSettings:
             ("optimizer", ("muon", "adamw")),
             ("schedule", tuple(SCHEDULES)),
             ("precision", ("bfloat16", "float32")),
+            ("start_from_target", (True, False, WHERE_IT_FITS)),
         ):
             if getattr(self, name) not in choices:
-                raise InvalidConfiguration(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise InvalidConfiguration(
+                    f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)!r}"
+                )
         for name in ("steps", "tokens_per_batch", "accumulate", "anchors_per_batch", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InvalidConfiguration(f"{name} must be 1 or more; got {getattr(self, name)}")
