@@ -22,7 +22,10 @@ from dspark.train.trainer import Trainer
 
 # Forked from a server that has never run autograd: a process that has cannot fork one that will.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train.processes"])
+# What takes seconds to import. Not this module: the server has not the path to tests, and passes over what it cannot import.
+_context.set_forkserver_preload(
+    ["dspark.train.trainer", "dspark.train.distributed", "transformers.models.qwen3.modeling_qwen3"]
+)
 
 
 def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
