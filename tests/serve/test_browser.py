@@ -51,12 +51,19 @@ def test_the_dashboard(monitored, page):
     assert float(page.text("#tau")) == pytest.approx(tau, rel=0.005)  # three digits
     assert page.wait_for("document.querySelectorAll('svg .bar').length") >= 1  # acceptance by position
 
+    assert page.value("[50, 6.04, 0.0690, 1234].map(x => number(x, 2)).join()") == "50,6,0.069,1,234"
     light, before = background(page), page.picture()
     page.click("#theme")
     assert background(page) != light and page.picture() != before
     page.open(monitored.url + "/dashboard", width=360, height=740)
     page.wait_for("document.querySelector('#requests')?.textContent === '3'")
     assert page.value("document.documentElement.scrollWidth") <= 360
+    assert not page.value("document.querySelector('#alerts').textContent") and page.text("#state").startswith(
+        "no alerts"
+    )
+    monitored.stop()  # numbers that do not move any more must not look alive
+    page.wait_for("document.querySelector('#alerts').textContent.startsWith('No numbers')")
+    assert page.value("getComputedStyle(document.querySelector('main')).opacity") < "1"
 
 
 def test_the_chat_page_marks_what_was_drafted(served, page, plain):
