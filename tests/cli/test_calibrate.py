@@ -77,7 +77,7 @@ def test_a_bias_that_does_not_help_elsewhere_is_left_out(capsys: pytest.CaptureF
         (["--data", "{data}", "--prompts", "1"], "--prompts must be 2 or more"),
         (["--data", "{data}", "--drafter", "ngram"], "no confidence head"),
         (["--data", "{data}", "--drafter", "dflash", "--dry-run"], "no confidences"),
-        (["--data", "{data}"], "dspark is a name"),
+        (["--data", "{data}"], "dspark comes with the package"),
         (["--data", "{data}", "--fit-bias", "--out", "elsewhere"], "leave --out out"),
         (["--data", "{data}", "--prompts", "2", "--max-tokens", "24", "--dry-run"], "use more prompts"),
     ],

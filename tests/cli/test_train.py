@@ -55,7 +55,7 @@ def test_three_commands(capsys: Capture, folder: Path) -> None:
     code, _, err = run(capsys, *train)
     assert code == 0, err
     assert (Path(out) / "report.html").stat().st_size > 4000
-    assert "decoded_tau" in err and f"--drafter {Path(out) / 'mine'}" in err
+    assert "decoded tau" in err and f"--drafter {Path(out) / 'mine'}" in err
     drafted = run_json(capsys, "generate", "What is 3 plus 4?", "--drafter", f"{out}/mine", "--max-tokens", "12", *one)
     assert sum(drafted for drafted, _, _ in drafted["rounds"]) > 0
 

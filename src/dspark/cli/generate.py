@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     from dspark.budget.hindsight import Hindsight
 
     engine.observers.append(hindsight := Hindsight(per_step=args.json))
-    streamed = _stream(engine, prompt, params, args)
+    with quiet_drift():
+        streamed = _stream(engine, prompt, params, args)
     engine.observers.remove(hindsight)
     if not args.json:
         legend = "; green: accepted draft tokens" if wants_colour(sys.stdout, args.no_color) else ""
