@@ -118,6 +118,17 @@ def test_texts_of_another_tokenizer_are_refused_and_of_another_template_named(
         plan(tmp_path, target_folder, data)
 
 
+def test_answers_of_another_target_with_this_tokenizer_are_named(
+    tmp_path: Path, target_folder: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace(info(target_folder), made_by="regenerate", target=f"elsewhere/{target_folder.name}").save(data)
+    plan(tmp_path, target_folder, data)
+    assert "answers of" not in caplog.text
+    replace(info(target_folder), made_by="regenerate", target="elsewhere/big").save(data)
+    plan(tmp_path, target_folder, data)
+    assert "has answers of elsewhere/big" in caplog.text
+
+
 def test_different_system_prompts_are_named(
     tmp_path: Path, target_folder: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -128,6 +128,8 @@ def _prints(data: Path, target: str, tokenizer: Any, vocab_size: int) -> dict[st
                 f"{data} was made for {info.target}, whose tokenizer is not that of {target}: make the texts again "
                 f"with --target {target}, or train for {info.target}"
             )
+        if info.made_by == "regenerate" and Path(info.target).name != Path(target).name:
+            _log.warning("%s has answers of %s: a drafter learns best from those of its own target", data, info.target)
         if info.template != own["template_sha256"]:
             _log.warning(
                 "%s was rendered with another chat template than %s has now: the drafter will be served on prompts "
