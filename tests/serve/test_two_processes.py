@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -180,6 +181,23 @@ def test_an_engine_that_is_stuck_is_said_to_be_until_it_goes_on(frail, expected)
     health_becomes(503)
     os.kill(frail.process.pid, signal.SIGCONT)
     health_becomes(200)
+
+
+def test_clients_that_are_refused_come_back_when_they_were_told_to(frail, expected):
+    statuses = []
+
+    async def note(reply: httpx.Response) -> None:
+        statuses.append(reply.status_code)
+
+    async def crowd():
+        http = httpx.AsyncClient(event_hooks={"response": [note]})
+        client = openai.AsyncOpenAI(base_url=frail.url + "/v1", api_key="any", max_retries=9, http_client=http)
+        async with client:
+            return await asyncio.gather(*(client.chat.completions.create(model="tiny", **BODY) for _ in range(4)))
+
+    assert [answer.choices[0].message.content for answer in asyncio.run(crowd())] == [expected] * 4
+    assert statuses.count(200) == 4 and set(statuses) == {200, 429}
+    frail.settle()
 
 
 def test_a_drafter_that_raises_a_full_queue_and_then_a_killed_engine(frail, expected):
