@@ -12,6 +12,10 @@ from dspark.target.kv_cache import KVCache
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
 
+_PATIENCE = (
+    16  # steps in a row without a slot: who steps several engines by turns, even at random, hardly ever takes so many
+)
+
 
 class Neighbours:
     """The engines that have stepped over one slot cache. They take turns, and this is asked and told within a turn."""
@@ -19,6 +23,7 @@ class Neighbours:
     def __init__(self) -> None:
         self._threads: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()  # that stepped each one last
         self._last: ref[Engine] | None = None
+        self._num_tries = 0  # of the last one, in a row
 
     def note_step(self, engine: Engine) -> None:
         self._threads[engine], self._last = threading.get_ident(), ref(engine)
@@ -26,11 +31,14 @@ class Neighbours:
     def make_way(self, engine: Engine) -> bool:
         """Whether slots were given back for an engine with requests none of which can begin.
 
-        At its second try in a row: until then others may still be stepped in between. What this thread stepped before
-        it cannot step while it waits here, so that is set aside. Raises OutOfSlots where nobody is left to wait for.
+        Not at its first tries: others may still be stepped in between. What this thread stepped before it cannot step
+        while it waits here, so that is set aside. Raises OutOfSlots where nobody is left to wait for.
         """
-        if self._last is None or self._last() is not engine:
+        is_same = self._last is not None and self._last() is engine
+        self._num_tries = self._num_tries + 1 if is_same else 1
+        if self._num_tries < _PATIENCE:
             return False
+        self._num_tries = 0
         holders = [other for other in self._threads if other is not engine and other.batcher.running]
         if not holders:
             cache = engine.target.cache
