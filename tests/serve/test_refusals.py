@@ -33,6 +33,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
         ({"max_tokens": 0}, "max_tokens"),

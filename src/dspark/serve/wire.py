@@ -118,7 +118,7 @@ class _Generate(_Body):
     # beyond OpenAI's, by the names that other servers use
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10**6)
+    repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6)
     ignore_eos: bool = False
     stop_token_ids: list[_TokenId] | None = None
     traffic_class: str | None = Field(None, max_length=64, description="kind of traffic, for beliefs of its own")
