@@ -66,7 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(models)
     models.add_argument(
         "--drafter",
-        help="none, ngram, self; with a target that ships them dspark, dflash, eagle3, draft; a folder, a hub id "
+        help="none, ngram, self, sparse; with a target that ships them dspark, dflash, eagle3, draft; a folder, a hub id "
         "or file.py:make (default: dspark for tiny, otherwise none)",
     )
     add_hub(models)
