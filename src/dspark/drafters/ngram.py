@@ -30,9 +30,9 @@ class NGramDrafter:
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
         guesses = [self._lookup(r) for r in requests]
-        tokens = torch.zeros(len(requests), max(map(len, guesses), default=0), dtype=torch.long)
-        for row, guess in zip(tokens, guesses, strict=True):
-            row[: len(guess)] = torch.tensor(guess, dtype=torch.long)
+        longest = max(map(len, guesses), default=0)
+        padded = [guess + [0] * (longest - len(guess)) for guess in guesses]
+        tokens = torch.tensor(padded, dtype=torch.long).view(len(requests), longest)
         return Draft(tokens, torch.tensor([len(g) for g in guesses], dtype=torch.long))
 
     def release(self, request_id: int) -> None:
