@@ -28,7 +28,7 @@ from benchmarks import plot, prompts, report
 from benchmarks.contenders import PLAIN, load_for_transformers
 from benchmarks.identity import gap_by_model
 from benchmarks.lineup import DRAFTERS, VLLM_MODES, Lineup, Say, gather
-from benchmarks.measure import Section, measure
+from benchmarks.measure import Section, leave_alone, measure
 
 _QUICK_MINUTES = 2.5
 
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = prompts.load(options.prompts) if options.prompts else prompts.built_in()
         read = prompts.by_turns(prompts.encode(chosen, tokenizer, options.max_prompt_tokens))
         ends = began + 60 * options.minutes if options.minutes else float("inf")
+        leave_alone()
         sections = run(options, lineup, read, ends, say)
         say("comparing texts")
         judge = load_for_transformers(lineup.source, "float32")

@@ -39,7 +39,7 @@ from benchmarks import load_report, prompts
 from benchmarks.contenders import Ours
 from benchmarks.lineup import VLLM_MODES, Lineup, load_vllm
 from benchmarks.load_loops import Arrivals, ClosedLoop, Slice, Workload, open_loop
-from benchmarks.measure import Contender
+from benchmarks.measure import Contender, leave_alone
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import write_json
 from dspark import Engine, load_drafter, load_target
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if peers:
             peers = [Ours(p, engines[BATCH + p], []) for p in (OFF, "auto") if BATCH + p in engines] + peers
         some = engines[OFF]
+        leave_alone()
         slices = sweep(options, engines, peers, texts, sweep_ends, say)
         served = arrivals(options, engines, texts, slices, ends, say)
     cells = [load_report.cell(policy, n, own, slices) for (policy, n), own in slices.items()]

@@ -6,6 +6,7 @@ backwards every second time (ABBA). Ratios are then taken between runs that lie 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,14 @@ class Section:
 
     def of(self, contender: str) -> list[Sample]:
         return [s for s in self.samples if s.contender == contender]
+
+
+def leave_alone() -> None:
+    """Spare garbage collections what is loaded by now: looking through models and libraries takes tenths of a second, from
+    whoever's turn it is.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def turn_order(items: Sequence[Any], group: int, repeat: int) -> list[Any]:

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import prompts
 from benchmarks.calibration_trials import drawn, pooled_error
 from benchmarks.load_loops import ClosedLoop, Workload
+from benchmarks.measure import leave_alone
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import write_json
 from dspark import Engine, SamplingParams, load_drafter, load_target
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " to ".join(options.traffic.split(",")): (second, threads),
         f"{threads} threads to {max(1, threads // 2)}": (first, max(1, threads // 2)),
     }
+    leave_alone()
     found = {}
     console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("") as status:

@@ -41,6 +41,7 @@ import torch
 import uvloop
 
 from benchmarks import prompts
+from benchmarks.measure import leave_alone
 from benchmarks.serve_loads import Load, ask_closed, ask_open, closed, greedy, own, sampled
 from dspark import Engine, load_drafter, load_target
 
@@ -119,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = [prompt.text for prompt in prompts.by_turns(found)]
     target = load_target(options.target, dtype=options.dtype, device="cpu")
     engine = Engine(target, load_drafter(options.drafter, target), options.scheduler, compile=options.compile)
+    leave_alone()  # as the server does
     report: dict[str, Any] = {}
     loads: list[Load] = []
     with ExitStack() as stack:
