@@ -318,3 +318,16 @@ def test_a_drafter_that_seldom_finds_anything_costs_next_to_nothing():
     machine, texts = Machine(per_token=0.1, per_draft=0.1), [(0.7, None)] * 30
     assert one_after_the_other(texts, machine, 0, is_guarded=False, finds=0.1) < 0.95
     assert np.mean([one_after_the_other(texts, machine, seed, finds=0.1) for seed in range(2)]) > 0.98
+
+
+def test_a_drafter_that_finds_little_is_asked_as_long_as_that_costs_less():
+    """What drafts are worth is told by those that were found; asking in vain only costs."""
+
+    class Cheap(Machine):
+        def draft_seconds(self, requests, context_tokens):
+            return 0.02 * requests
+
+    machine, texts = Cheap(per_token=0.02, per_draft=0.0), [(0.8, None)] * 20
+    always = np.mean([one_after_the_other(texts, machine, seed, is_guarded=False, finds=0.1) for seed in range(3)])
+    guarded = np.mean([one_after_the_other(texts, machine, seed, finds=0.1) for seed in range(3)])
+    assert always > 1.15 and guarded > 0.97 * always

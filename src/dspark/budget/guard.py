@@ -62,7 +62,8 @@ _FEW = 3  # pairs of a plain and a drafted step before the comparison is believe
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
 _CLEARLY = 1.15  # times as many tokens per second
-_TRUST_PRIOR, _TRUST_MEMORY = 24.0, 400.0  # draft tokens
+_TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
+_COUNT_MEMORY = 400.0  # of them
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Guard:
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
         self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
+        self._found: dict[Hashable, tuple[float, float]] = {}  # by kind: drafts that had a token, and all asked for
+        self._share = 1.0  # of the drafts asked for that have a token, as believed when it was last decided
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
         self._num_clear = 0  # decisions, one after the other, to draft because it clearly pays
@@ -156,9 +159,13 @@ class Guard:
         survival = nothing if record.survival is None else record.survival.double().numpy()
         promised = nothing if record.kept is None else survival * record.kept.numpy()
         for b, request_id in enumerate(record.request_ids):
-            if request_id in asked:  # one that found nothing to propose has promised nothing
+            if request_id not in asked:
+                continue
+            kind, has_found = self._kinds.get(request_id), record.drafted[b] > 0
+            _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
+            if has_found:
                 self._remember(request_id, survival[b])
-                self._compare(self._kinds.get(request_id), record.accepted[b], float(promised[b].sum()))
+                _count(self._trust, kind, record.accepted[b], float(promised[b].sum()), _TRUST_PRIOR)
         self._num_judged += len(asked)
 
     def trust(self, kind: Hashable = None) -> float:
@@ -166,13 +173,12 @@ class Guard:
         accepted, promised = self._trust.get(kind, (1.0, 1.0))
         return min(1.5, accepted / promised)
 
-    def _compare(self, kind: Hashable, accepted: float, promised: float) -> None:
-        # As if beliefs had been right before.
-        before, promised_before = self._trust.get(kind, (_TRUST_PRIOR, _TRUST_PRIOR))
-        fade = min(1.0, _TRUST_MEMORY / promised_before)
-        self._trust[kind] = (before * fade + accepted, promised_before * fade + promised)
-        if len(self._trust) > _MOST_KINDS:
-            del self._trust[next(iter(self._trust))]
+    def _share_found(self, request_ids: Sequence[int]) -> float:
+        """Of drafts asked for: how many have a token. Whoever seldom finds one asks in vain, and in bursts finds many: what
+        drafts are worth is told by those that were found.
+        """
+        shares = (self._found.get(self._kinds.get(i), (1.0, 1.0)) for i in request_ids)
+        return sum(found / asked for found, asked in shares) / len(request_ids)
 
     def _remember(self, request_id: int, row: Floats) -> None:
         if request_id not in self._by_request:
@@ -209,7 +215,7 @@ class Guard:
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
-        self._decided_at = self._now
+        self._decided_at, self._share = self._now, self._share_found(request_ids)
         samples = self._samples(request_ids)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")
         num_decoding = len(request_ids)
@@ -255,7 +261,7 @@ class Guard:
         """
         num = max(1, self.settings.num_remembered // len(request_ids))
         since = self._now - self.settings.memory
-        pool = [row for _, row in self._lately if row.any()] or [self._lately[-1][1]]
+        pool = [row for _, row in self._lately] or [np.zeros(1)]
         samples = np.zeros((num, len(request_ids), max(map(len, pool))))
         usual = {kind: self._usual(kind) for kind in {self._kinds.get(i) for i in request_ids}}
         long_run = np.array([usual[self._kinds.get(i)] for i in request_ids])
@@ -265,8 +271,6 @@ class Guard:
             if fare is not None and own:
                 num_own = min(fare.num, _LONG_RUN)
                 long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * long_run[b]) / (num_own + _LIKE_OTHERS)
-            if not any(row.any() for row in own[-num:]):
-                own = []  # what was worth nothing cannot be scaled to what is expected
             for n in range(num):
                 row = own[-1 - n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
                 length = min(len(row), samples.shape[2])
@@ -286,7 +290,7 @@ class Guard:
             if self._now - fare.rows[-1][0] > self.settings.memory:
                 weight *= _STALE
             total, weights = total + weight * fare.promise, weights + weight
-        return total / weights
+        return total / weights if weights else 0.0
 
     def _expected(self, samples: Floats, num_decoding: int, load: Load) -> tuple[float, float]:
         """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it."""
@@ -297,7 +301,9 @@ class Guard:
         seconds = seconds_of_step(self.capacity, load, falling.shape[1])
         best = (tokens / seconds).argmax(1)
         excess = self.side_by_side.excess(self.capacity, load, samples.shape[1])
-        return self._recent_mean(tokens[np.arange(len(samples)), best]), excess * self._recent_mean(seconds[best])
+        found, in_vain = self._share, 1 - self._share
+        expected = found * self._recent_mean(tokens[np.arange(len(samples)), best]) + in_vain * num_decoding
+        return expected, excess * (found * self._recent_mean(seconds[best]) + in_vain * float(seconds[0]))
 
     def _recent_mean(self, values: Floats) -> float:
         """Of values [n], newest first."""
@@ -317,6 +323,15 @@ class Guard:
         rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
         self._probed = {request_ids[b] for b in rows}
         return rows
+
+
+def _count(counts: dict[Hashable, tuple[float, float]], kind: Hashable, yes: float, all: float, prior: float) -> None:
+    """Add to what is counted of a kind; old counts fade."""
+    before, all_before = counts.get(kind, (prior, prior))
+    fade = min(1.0, _COUNT_MEMORY / all_before)
+    counts[kind] = (before * fade + yes, all_before * fade + all)
+    if len(counts) > _MOST_KINDS:
+        del counts[next(iter(counts))]
 
 
 def _without_prompts(load: Load) -> Load:
