@@ -212,7 +212,7 @@ def test_what_a_dialect_cannot_say_is_refused(tmp_path: Path, target: Target) ->
             convert(open_checkpoint(str(folder)), to, tmp_path / "out", target if with_target else None)
         assert not (tmp_path / "out").exists()
 
-    refused(DSPARK, "deepspec", "stores copies .* name its target with --target", with_target=False)
+    refused(DSPARK, "deepspec", "holds copies .* name its target with --target", with_target=False)
     refused(REDUCED, "speculators", "lm_head.weight, and this file has none", with_target=False)
     refused(REDUCED, "deepspec", "the whole vocabulary .* --to speculators")
     refused(EAGLE3, "specforge", "Llama's layer .* --to speculators")
