@@ -59,10 +59,9 @@ class Observed:
                 return torch.zeros(len(record.request_ids), length)
             return torch.nn.functional.pad(values.float(), (0, length - values.shape[1]))
 
-        num = len(record.request_ids)  # whose prompt ended in this step comes behind them, without a draft
-        self.believed.append(wide(record.survival)[:num])
-        self.known.append(wide(record.kept)[:num].bool())
-        self.happened.append(wide(record.accepted_nodes)[:num].bool())
+        self.believed.append(wide(record.survival))
+        self.known.append(wide(record.kept).bool())
+        self.happened.append(wide(record.accepted_nodes).bool())
         self.cost_error.append(abs(record.predicted_seconds / record.step_seconds - 1))
 
 

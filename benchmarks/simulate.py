@@ -128,6 +128,7 @@ def simulate(
     """
     rng = random.Random(1)
     believed = machine if noise is None else Capacity()
+    learners: list[Any] = [] if noise is None else [believed]
     scheduler = make_scheduler("fixed:0" if policy == "off" else policy, believed, allows_anticipation=True)
     guard = Guard(believed) if policy == AUTO else None
     length = recorded[0].confidence.shape[1]
@@ -169,7 +170,7 @@ def simulate(
             seconds={"target": step_seconds * stretch, "draft": draft_seconds * stretch},
             predicted_accepted=float((survival * keep).sum()),
         )
-        for learner in (believed, guard, scheduler):
+        for learner in (*learners, guard, scheduler):
             if hasattr(learner, "observe"):
                 learner.observe(step)
         state = [

@@ -12,9 +12,8 @@ from dspark.target.kv_cache import KVCache
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
 
-_PATIENCE = (
-    16  # steps in a row without a slot: who steps several engines by turns, even at random, hardly ever takes so many
-)
+# Steps in a row without a slot. Who steps several engines by turns, even at random, hardly ever takes so many of one.
+_PATIENCE = 16
 
 
 class Neighbours:
