@@ -5,7 +5,8 @@
 
 Everyone reads the same token ids and writes the same number of tokens (end tokens stop nobody; with --until-end, texts
 of one request are as long as the target alone would write them). Loading, compiling and
-a warm-up are not timed. Texts written with a drafter are compared with plain decoding, token by token.
+a warm-up are not timed. Texts written with a drafter are compared with plain decoding, token by token. Each table is
+printed once it is measured; Ctrl-C, or SIGTERM, ends the run with what there is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,12 +26,14 @@ if not __package__:
 from transformers import AutoTokenizer
 
 from benchmarks import plot, prompts, report
+from benchmarks.claims import Result
 from benchmarks.contenders import PLAIN, load_for_transformers
-from benchmarks.identity import gap_by_model
+from benchmarks.identity import GapOf, gap_by_model, until
 from benchmarks.lineup import DRAFTERS, VLLM_MODES, Lineup, Say, gather
 from benchmarks.measure import Section, leave_alone, measure
 
 _QUICK_MINUTES = 2.5
+_COMPARING = 0.1  # of --minutes, kept for looking up where texts differ
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=200, help="new tokens per request (default 200)")
     add("--until-end", action="store_true", help="at one request, end each text where it ends by itself")
     add("--repeats", type=int, default=5, help="(default 5)")
-    add("--minutes", type=float, help="begin no repeat that would not end in this time")
+    add("--minutes", type=float, help="begin no repeat, and look up no difference, that would not end in this time")
     add("--threads", type=int, help="for everyone (default: torch's choice)")
     add("--quick", action="store_true", help="fewer prompts, tokens and repeats: ends within three minutes")
     add("--only", help="contenders whose name contains one of these words, such as dspark,plain,vllm")
@@ -78,16 +81,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(
-    options: argparse.Namespace, lineup: Lineup, read: Sequence[prompts.EncodedPrompt], ends: float, say: Say
-) -> list[Section]:
+    options: argparse.Namespace,
+    lineup: Lineup,
+    read: Sequence[prompts.EncodedPrompt],
+    ends: float,
+    say: Say,
+    done: Callable[[Section], None],
+) -> None:
     """One request at temperature 0 for everyone and at temperature 1 for ours, then more requests for those who can.
 
     ends: the time.monotonic() at which to be done; what is left of it is shared evenly by the sections to come.
+    done: gets each section once it is measured, or as much as there is of it when something ends the run.
     """
     plans = [(1, 0.0), (1, 1.0)] if 1 in options.requests else []
     plans += [(n, 0.0) for n in options.requests if n > 1]
     num_domains = len({p.domain for p in read})
-    sections = []
     for index, (num_requests, temperature) in enumerate(plans):
         contenders = lineup.serving(num_requests, temperature)
         if not contenders:
@@ -109,17 +117,32 @@ def run(
             ]
         now = time.monotonic()
         deadline = now + (ends - now) / (len(plans) - index)
-        measure(section, contenders, options.repeats, deadline, say)
-        sections.append(section)
-    return sections
+        try:
+            measure(section, contenders, options.repeats, deadline, say)
+        finally:
+            section.drop_unfinished()
+            if section.num_repeats:
+                done(section)
+
+
+def differences_in_float32(source: str, ends: float) -> GapOf | None:
+    """How near two tokens were to each other, looked up until then; None where no time is left even to load the model."""
+    if time.monotonic() > ends:
+        return None
+    return until(ends, gap_by_model(load_for_transformers(source, "float32")))
+
+
+def stop(number: int, _: object) -> None:
+    """Ended from outside, it still prints what there is and ends the processes that it started: stopped ones would stay."""
+    sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     options = parse(arguments)
     console = report.prepare(options)
-    # Ended from outside, it still ends the processes that it started: stopped ones would stay.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     with ExitStack() as closing, console.status("loading") as status:
 
         def say(what: str) -> None:
@@ -129,22 +152,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(lineup.source)
         chosen = prompts.load(options.prompts) if options.prompts else prompts.built_in()
         read = prompts.by_turns(prompts.encode(chosen, tokenizer, options.max_prompt_tokens))
-        ends = began + 60 * options.minutes if options.minutes else float("inf")
+        about = report.machine(lineup, options) | {"prompts": prompts.fingerprint(read)}
+        report.show_machine(console, about, lineup)
+        found: list[Result] = []
+
+        def done(section: Section) -> None:
+            found.append(report.result(section))
+            report.show(console, found[-1], {tokenizer.eos_token_id})
+
+        seconds = 60 * options.minutes if options.minutes else float("inf")
+        exit_code = None
         leave_alone()
-        sections = run(options, lineup, read, ends, say)
-        say("comparing texts")
-        judge = load_for_transformers(lineup.source, "float32")
-        same = report.identities(sections, options.dtype, gap_by_model(judge))
-    found = report.results(sections)
-    about = report.machine(lineup, options) | {
-        "prompts": prompts.fingerprint(read),
-        "seconds": round(time.monotonic() - began),
-    }
-    report.show(console, found, same, about, lineup, {tokenizer.eos_token_id})
-    if options.json:
-        report.write_json(options.json, report.as_json(found, same, about, lineup))
-    if options.plot:
-        plot.save(options.plot, [(r.section, r.rows) for r in found], ", ".join(f"{k} {v}" for k, v in about.items()))
+        try:
+            run(options, lineup, read, began + (1 - _COMPARING) * seconds, say, done)
+            say("comparing texts")
+            gap_of = differences_in_float32(lineup.source, began + seconds)
+            same = report.identities([r.section for r in found], options.dtype, gap_of)
+        except SystemExit as ending:
+            if not found:
+                raise
+            exit_code = ending.code
+            same = report.identities([r.section for r in found], options.dtype, gap_of=None)
+        report.show_verdicts(console, found, same)
+        about["seconds"] = round(time.monotonic() - began)
+        if options.json:
+            report.write_json(options.json, report.as_json(found, same, about, lineup))
+        if options.plot:
+            subtitle = ", ".join(f"{k} {v}" for k, v in about.items())
+            plot.save(options.plot, [(r.section, r.rows) for r in found], subtitle)
+    if exit_code is not None:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,14 @@ class Section:
     def of(self, contender: str) -> list[Sample]:
         return [s for s in self.samples if s.contender == contender]
 
+    def drop_unfinished(self) -> None:
+        """Cut short, it keeps whole repeats; of a first one that was not finished, the prompts that everybody read."""
+        if not self.num_repeats:
+            num_whole = len(self.samples) // len(self.families)
+            self.groups, self.lengths = self.groups[:num_whole], self.lengths[:num_whole]
+            self.num_repeats = min(1, num_whole)
+        self.samples = self.samples[: self.num_repeats * len(self.groups) * len(self.families)]
+
 
 def leave_alone() -> None:
     """Spare garbage collections what is loaded by now: looking through models and libraries takes tenths of a second, from

@@ -79,15 +79,12 @@ def _commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else "no commit"
 
 
-def results(sections: Sequence[Section]) -> list[Result]:
-    found = []
-    for section in sections:
-        rows = summary.rows(section, list(section.families))
-        ours = [name for name, family in section.families.items() if family == "ours"]
-        accepted = {name: a for name in ours if name != PLAIN and (a := summary.acceptance(section.of(name)))}
-        times = {name: t for name in ours if (t := summary.step_time(drafter_of(name), section.of(name)))}
-        found.append(Result(section, rows, accepted, times))
-    return found
+def result(section: Section) -> Result:
+    rows = summary.rows(section, list(section.families))
+    ours = [name for name, family in section.families.items() if family == "ours"]
+    accepted = {name: a for name in ours if name != PLAIN and (a := summary.acceptance(section.of(name)))}
+    times = {name: t for name in ours if (t := summary.step_time(drafter_of(name), section.of(name)))}
+    return Result(section, rows, accepted, times)
 
 
 def drafter_of(contender: str) -> str:
@@ -108,38 +105,36 @@ def identities(sections: Sequence[Section], dtype: str, gap_of: GapOf | None) ->
     return found
 
 
-def show(
-    console: Console,
-    found: Sequence[Result],
-    same: Sequence[tuple[Section, Identity]],
-    about: dict[str, Any],
-    lineup: Lineup,
-    end_tokens: set[int],
-) -> None:
+def show_machine(console: Console, about: dict[str, Any], lineup: Lineup) -> None:
     console.print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()), highlight=False, markup=False)
     for line in lineup.skipped:
         console.print(f"skipped: {line}", highlight=False, markup=False)
-    for result in found:
-        baselines = {PLAIN: "vs ours plain"}
-        for family, heading in (("transformers", "vs transformers' best"), ("vllm", "vs vLLM's best")):
-            if best := fastest(result.rows, family):
-                baselines[best.contender] = heading
-        console.print()
-        console.print(table.rates(result.section, result.rows, baselines))
-        if PLAIN in result.section.families:
-            past, texts = summary.past_their_end(result.section.of(PLAIN), end_tokens)
-            if past and result.section.temperature == 0:
-                console.print(
-                    f"{past} of {texts} texts go on past their natural end, where a small model repeats itself: "
-                    "flatters every way of drafting, n-grams most",
-                    highlight=False,
-                )
-        if result.section.num_requests == 1:
-            title = result.section.title
-            if result.acceptance:
-                console.print(table.acceptance(result.acceptance, f"Acceptance, {title}"))
-            if result.step_times:
-                console.print(table.step_times(result.step_times, f"Where a step's time goes, {title}"))
+
+
+def show(console: Console, result: Result, end_tokens: set[int]) -> None:
+    baselines = {PLAIN: "vs ours plain"}
+    for family, heading in (("transformers", "vs transformers' best"), ("vllm", "vs vLLM's best")):
+        if best := fastest(result.rows, family):
+            baselines[best.contender] = heading
+    console.print()
+    console.print(table.rates(result.section, result.rows, baselines))
+    if PLAIN in result.section.families:
+        past, texts = summary.past_their_end(result.section.of(PLAIN), end_tokens)
+        if past and result.section.temperature == 0:
+            console.print(
+                f"{past} of {texts} texts go on past their natural end, where a small model repeats itself: "
+                "flatters every way of drafting, n-grams most",
+                highlight=False,
+            )
+    if result.section.num_requests == 1:
+        title = result.section.title
+        if result.acceptance:
+            console.print(table.acceptance(result.acceptance, f"Acceptance, {title}"))
+        if result.step_times:
+            console.print(table.step_times(result.step_times, f"Where a step's time goes, {title}"))
+
+
+def show_verdicts(console: Console, found: Sequence[Result], same: Sequence[tuple[Section, Identity]]) -> None:
     console.print()
     table.show(
         console,

@@ -90,6 +90,7 @@ def identities(results: Sequence[tuple[str, Identity]], reference: str) -> Group
         if r.num_identical < r.num_texts:
             gap = "" if r.widest_gap is None else f" (widest gap {r.widest_gap:.3f} logits in float32)"
             line += f"; {r.num_explained} differences explained by rounding, {r.num_unexplained} not{gap}"
+            line += f", {r.num_unjudged} not looked up" if r.num_unjudged else ""
         lines.append(Text(line, style="red" if r.num_unexplained else ""))
     return Group(*lines)
 
