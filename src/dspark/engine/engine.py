@@ -1,27 +1,24 @@
-"""The loop: admit, propose, choose, extend, verify, commit. Generation, serving and benchmarks all run this one step."""
+"""What users call: prompts in, requests under way, what came of them. The step itself is in loop.py."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dspark.budget.capacity import Capacity, Fingerprint, usual_path
 from dspark.budget.guard import Guard
-from dspark.budget.hindsight import rates
 from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.budget.schedulers import AUTO, make_scheduler
 from dspark.drafters.none import NoDrafter
-from dspark.engine.batcher import Batcher, is_reading
+from dspark.engine.batcher import Batcher
 from dspark.engine.choosing import Choosing, heeds_beliefs
 from dspark.engine.drafting import Drafting
 from dspark.engine.intake import Intake
-from dspark.engine.ledger import Ledger, verify_spans
+from dspark.engine.ledger import Ledger
+from dspark.engine.loop import plain_step
 from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.measuring import Grid, measure
 from dspark.engine.neighbours import neighbours_over
@@ -33,18 +30,14 @@ from dspark.sampling import KeyedDraws
 from dspark.target.target import Target
 from dspark.types import (
     Beliefs,
-    Draft,
     Drafter,
     Generation,
-    Load,
     Observer,
     PrefixScheduler,
     Request,
     Rule,
     SamplingParams,
-    Span,
     StepRecord,
-    Verdict,
 )
 from dspark.verify import make_rule
 
@@ -102,9 +95,7 @@ class Engine:
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
         self.choosing = Choosing(chosen_by, beliefs, self.capacity)
-        self._learners: list[Any] = [
-            x for x in (beliefs, self.capacity, self.guard, chosen_by) if hasattr(x, "observe")
-        ]
+        self.learners: list[Any] = [x for x in (beliefs, self.capacity, self.guard, chosen_by) if hasattr(x, "observe")]
         if num_slots is not None:
             target.resize(num_slots)
         lookahead = 1 + self.drafter.length
@@ -114,7 +105,7 @@ class Engine:
             raise InvalidConfiguration(f"prefix_tokens must be 0 or more; got {prefix_tokens}")
         self.max_length = _longest(target, lookahead, max_length)
         self.batcher = Batcher(max_num_seqs, max_num_batched_tokens, lookahead)
-        self._tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
+        self.tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
         self.neighbours = neighbours_over(target.cache)
@@ -131,8 +122,8 @@ class Engine:
         and again when the drafter's rows grow, which nobody should wait for and nothing should be learned from. Then, for
         a calibrated drafter, a second or two of steps that show what they cost, where that is not known.
         """
-        learners, observers, guard = self._learners, self.observers, self.drafting.guard
-        self._learners, self.observers, self.drafting.guard = [], [], None
+        learners, observers, guard = self.learners, self.observers, self.drafting.guard
+        self.learners, self.observers, self.drafting.guard = [], [], None
         params = SamplingParams(max_tokens=2 * (2 + self.drafter.length), ignore_eos=True, seed=0)
         for num_requests in (1, self.batcher.max_running, self.batcher.max_running):
             lengths = (min(2 + n % 16, self.max_length - 1) for n in range(num_requests))
@@ -140,9 +131,9 @@ class Engine:
         # Else the first requests pay for finding out whether drafts pay. A drafter of which nobody knows what its drafts
         # are worth is to be tried on real text first.
         if not self.capacity.is_known and getattr(self.drafter, "calibration", None) is not None:
-            self._learners = [self.capacity]
+            self.learners = [self.capacity]
             measure(self, _SHORT_GRID)
-        self._learners, self.observers, self.drafting.guard = learners, observers, guard
+        self.learners, self.observers, self.drafting.guard = learners, observers, guard
 
     def __repr__(self) -> str:
         kinds = f"{type(self.drafter).__name__}, {type(self.choosing.scheduler).__name__}, {type(self.rule).__name__}"
@@ -262,91 +253,12 @@ class Engine:
                 self.set_aside()
                 self.ledger.is_torn = False
             try:
-                return self._step()
+                return plain_step(self)
             except BaseException:
                 self.ledger.is_torn = True
                 raise
             finally:
                 self.neighbours.note_step(self)
-
-    def _step(self) -> StepRecord:
-        record = StepRecord()
-        lap = _Laps(record.seconds)
-        self._make_room(record)
-        decoding = [r for r in self.batcher.running if not is_reading(r)]
-        prompts = self.batcher.prompt_spans(math.ceil(len(decoding) * self._tokens_per_request))
-        record.load = self._load(record, decoding, prompts)
-        lap("admit")
-        # A request with room for one more token needs no draft: the target's own next token ends it.
-        room = [self.ledger.room(r) - 1 for r in decoding]
-        draft = self.drafting.propose(record, decoding, [b for b, tokens in enumerate(room) if tokens > 0])
-        lap("draft")
-        keep = self.choosing.choose(record, draft, decoding, room)
-        spans = verify_spans(decoding, draft, keep) + [span for _, span in prompts]
-        lap("schedule")
-        if spans:
-            out = self.target.extend(spans, self.drafter.feature_layers)
-            lap("target")
-            judged = decoding + [r for r, span in prompts if span.num_logits]
-            if len(judged) > len(decoding):
-                draft = draft.among(range(len(decoding)), len(judged))
-                keep = torch.cat([keep, keep.new_zeros(len(judged) - len(decoding), keep.shape[1])])
-            verdict = self.rule.verify(draft, keep, out.logits, judged)
-            lap("verify")
-            self._record(record, decoding, draft, keep, verdict)
-            record.rate, record.best_rate = rates(self.capacity, record)
-            self.ledger.commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
-            lap("commit")
-        if decoding:
-            self._tokens_per_request = (record.num_tokens - record.num_prompt_tokens) / len(decoding)
-        record.num_running, record.num_waiting = len(self.batcher.running), len(self.batcher.waiting)
-        record.num_free_slots = self.target.num_free_slots
-        begin = time.perf_counter()
-        for learner in self._learners:  # beliefs first: what they take is part of what the others are told of the step
-            learner.observe(record)
-            record.seconds["learn"] = time.perf_counter() - begin
-        for observe in self.observers:
-            observe(record)
-        return record
-
-    def _make_room(self, record: StepRecord) -> None:
-        """Settle who runs in this step."""
-        if self.prefixes is not None:
-            for request in self.batcher.running:
-                self.prefixes.take_in(request)
-        self._admit(record)
-        while (preempted := self.batcher.preempt(self.target.num_free_slots)) is not None:
-            self.ledger.forget(preempted)
-            record.num_preempted += 1
-        if self.batcher.waiting and not self.batcher.running and self.neighbours.make_way(self):
-            self._admit(record)
-
-    def _admit(self, record: StepRecord) -> None:
-        for request in self.batcher.admit(self.target.num_free_slots):
-            self.ledger.begin(record, request)
-
-    def _load(self, record: StepRecord, decoding: list[Request], prompts: list[tuple[Request, Span]]) -> Load:
-        record.num_prompt_tokens = sum(len(span.tokens) for _, span in prompts)
-        record.num_context_tokens = sum(r.num_cached for r in decoding) + sum(span.start for _, span in prompts)
-        return Load(
-            base_tokens=len(decoding) + record.num_prompt_tokens,
-            num_requests=len(decoding) + len(prompts),
-            context_tokens=record.num_context_tokens,
-            num_prompt_tokens=record.num_prompt_tokens,
-        )
-
-    def _record(
-        self, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict
-    ) -> None:
-        n, accepted = len(decoding), verdict.accepted
-        record.request_ids = [r.id for r in decoding]
-        record.drafted = draft.sizes[:n].tolist()
-        record.verified = keep[:n].numpy().sum(1).tolist()
-        record.accepted = accepted[:n].numpy().sum(1).tolist()
-        record.confidence = None if draft.confidence is None else draft.confidence[:n]
-        record.parents = None if draft.parents is None else draft.parents[:n]
-        record.kept, record.accepted_nodes = (x if len(x) == n else x[:n] for x in (keep, accepted))
-        record.chances = None if verdict.chances is None else verdict.chances[:n]
 
 
 def _known_capacity(about: Fingerprint) -> Capacity:
@@ -379,14 +291,3 @@ def _refuse_bias(scheduler: PrefixScheduler, rule: Rule) -> None:
             f"{type(scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
             "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
         )
-
-
-class _Laps:
-    """Writes down how long each phase took, as it ends."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds, self._began = seconds, time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._seconds[phase], self._began = now - self._began, now
