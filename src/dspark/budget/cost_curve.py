@@ -53,6 +53,7 @@ class Place:
 
     @property
     def median(self) -> float:
+        """Seconds of the latest steps here."""
         ordered = sorted(self.seconds)
         return ordered[(len(ordered) - 1) // 2]  # of two the shorter: what is added by chance makes steps longer
 

@@ -40,6 +40,7 @@ class Kept:
             self.save()
 
     def save(self) -> None:
+        """Write the file now."""
         self._saved_at = time.monotonic()
         try:
             self._write(self.path)

@@ -91,6 +91,7 @@ class OnlineLogistic:
         return True
 
     def to_json(self) -> dict[str, Any]:
+        """What has been learned, as `restore` takes it."""
         return {
             "coefficients": self.coefficients.tolist(),
             "information": self.information.tolist(),

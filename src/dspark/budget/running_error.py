@@ -29,6 +29,7 @@ class RunningError:
 
     @property
     def num_tokens(self) -> list[float]:
+        """Judged tokens of each position, faded."""
         return [round(n, 1) for n in self.counts.sum(1).tolist()]
 
     @property

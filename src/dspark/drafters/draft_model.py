@@ -24,7 +24,10 @@ class Nodes:
 
 
 class DraftModelDrafter:
-    """Any causal LM with the target's vocabulary, over a slot cache of its own."""
+    """Any causal LM with the target's vocabulary, over a slot cache of its own.
+
+    length  draft tokens per step, each of them one pass; requests near the end of what the model can read get none
+    """
 
     feature_layers: tuple[int, ...] = ()
 
@@ -86,6 +89,10 @@ class SelfDrafter:
     Committed tokens need no second reading: verification has already written what the first layers need. The anchor and
     the draft are written while drafting and freed again before the target verifies them. With a view, attention in a
     draft step costs the same however long the context is (MagicDec, arXiv 2408.11049, over StreamingLLM's keys).
+
+    num_layers  that draft; None: the first half
+    length      draft tokens per step, each of them one pass through these layers
+    view        what draft tokens see; None: everything
     """
 
     feature_layers: tuple[int, ...] = ()

@@ -16,6 +16,9 @@ class NGramDrafter:
 
     An index from n-gram to the place after its newest occurrence grows with the text, so a proposal costs a few look-ups
     however long the text is. A match near the end gives a shorter draft; nothing beyond the end is made up.
+
+    length             draft tokens per step, at most
+    longest, shortest  tokens that must have been seen together
     """
 
     feature_layers: tuple[int, ...] = ()

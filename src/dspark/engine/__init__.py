@@ -1,0 +1,1 @@
+"""The loop that generation, serving, evaluation and benchmarks share, and what a request meets on its way through it."""

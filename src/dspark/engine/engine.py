@@ -62,6 +62,9 @@ class Engine:
     prefix_tokens       tokens of past requests that are kept so as not to read them again; 0: no prefix cache
     compile             compile target and drafter: faster steps after tens of seconds of warm-up
     observers           called with the StepRecord of every step
+
+    Raises InvalidConfiguration for options that do not go together, such as a scheduler that looks at draft tokens with
+    the rejection rule, which would bias it (paper, Appendix A).
     """
 
     def __init__(
@@ -151,6 +154,8 @@ class Engine:
         """Continue every prompt (a string, a list of chat messages, or token ids), all of them together.
 
         One SamplingParams for all or one for each. `raw` continues strings as they stand, without the chat template.
+        Raises InvalidRequest before any of them begins, where one cannot be served. What it raises later (an interrupt,
+        a forward that fails) ends these requests and no others.
         """
         prompts = as_prompts(prompts)
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
@@ -168,11 +173,11 @@ class Engine:
         return [self.result(r) for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Stream:
-        """Continue one prompt and hand out its text as it comes."""
+        """Continue one prompt and hand out its text as it comes. Raises InvalidRequest at once, as `generate` does."""
         return Stream(self, self.submit(prompt, params, raw))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
-        """Queue a prompt; `step` until `finish_reason` is set, then ask for `result`."""
+        """Queue a prompt; `step` until `finish_reason` is set, then ask for `result`. Raises InvalidRequest."""
         return self.enqueue(self.prepare(prompt, params, raw))
 
     @property
@@ -182,7 +187,10 @@ class Engine:
         return Intake(target.tokenizer, target.vocab_size, self.max_length, target.end_token_ids)
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, raw: bool = False) -> Request:
-        """Check a prompt and make a request of it, which `enqueue` takes. Any thread may do this while another steps."""
+        """Check a prompt and make a request of it, which `enqueue` takes. Any thread may do this while another steps.
+
+        Raises InvalidRequest: an empty prompt, one too long for `max_length`, token ids or parameters out of range.
+        """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be SamplingParams(temperature=0, ...); got {params!r:.80}")
@@ -245,7 +253,10 @@ class Engine:
 
     @torch.no_grad()  # not inference_mode: its tensors would have every graph compiled again, without packed weights
     def step(self) -> StepRecord:
-        """Move every running request on by one target pass. Threads, and engines with the same target, take turns."""
+        """Move every running request on by one target pass. Threads, and engines with the same target, take turns.
+
+        After it raised, whatever it was, the next call reads anew the requests that are still there.
+        """
         with self.target.turn:
             while self._abandoned:
                 self.cancel(self._abandoned.popleft())

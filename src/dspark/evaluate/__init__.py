@@ -1,0 +1,1 @@
+"""Is the text the target's own, which of two runs is better, and how sure is that?"""

@@ -1,0 +1,1 @@
+"""Watching an engine that serves, through its StepRecords and RequestRecords: metrics, events, drift, canaries."""

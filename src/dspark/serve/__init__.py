@@ -1,0 +1,1 @@
+"""`dspark serve`: OpenAI's protocol over one engine, a dashboard and metrics."""

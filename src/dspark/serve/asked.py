@@ -19,6 +19,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of several choices over 64 bit
 
 
 def check_limits(body: ChatRequest | CompletionRequest, settings: ServeSettings) -> None:
+    """Raise ApiError (400) for a body that asks for more than the operator allows, or for things that do not go together."""
     num_prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
     if not num_prompts:
         raise ApiError(400, "prompt: at least one is needed", "prompt")

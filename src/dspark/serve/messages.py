@@ -16,6 +16,7 @@ _LENGTH_BYTES, _MOST_AT_ONCE = 8, 2**18
 
 
 def packed(message: Message) -> bytes:
+    """A message as it goes over the line."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 
@@ -27,6 +28,7 @@ class Unpacker:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that are whole with these bytes."""
         self._buffer += data
         while len(self._buffer) >= _LENGTH_BYTES:
             end = _LENGTH_BYTES + int.from_bytes(self._buffer[:_LENGTH_BYTES], "big")

@@ -45,6 +45,9 @@ def load_target(
                    uncompiled
     Everything else goes to transformers' from_pretrained (revision, quantization_config, ...); code from the hub runs
     only with trust_remote_code=True.
+
+    Raises CheckpointError where there is no such model or it cannot be read, UnsupportedModel where it does not run over
+    the slot cache, and InvalidConfiguration for options that it cannot have.
     """
     name = os.fspath(path_or_id)
     source = resolve(name)

@@ -236,6 +236,7 @@ def load_guesser(folder: Path, target: Any, dtype: torch.dtype, block_size: int)
 
 
 def main() -> None:
+    """Print tau by domain of every drafter named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--drafter", type=Path, nargs="+", required=True)

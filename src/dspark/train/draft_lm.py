@@ -124,6 +124,7 @@ def train_draft(target: Path, texts_folder: Path, out: Path, settings: DraftSett
 
 
 def main() -> None:
+    """Train the draft LM that the recipe describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True, help="folder written by dspark.train.regenerate")

@@ -217,6 +217,7 @@ def regenerate(target: Path, data: Path, out: Path, settings: RegenerateSettings
 
 
 def main() -> None:
+    """Write the texts that the recipe asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

@@ -282,6 +282,7 @@ def train_target(data: Path, out: Path, settings: TargetSettings, compiled: bool
 
 
 def main() -> None:
+    """Train the target that the recipe describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, required=True, help="TOML with [[sources]] and the table [target]")

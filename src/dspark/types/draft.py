@@ -20,6 +20,9 @@ class Draft:
     confidence  [B, K]     P(accepted | ancestors accepted), fixed before the token is drawn; None: unknown
     parents     [B, K]     index of the predecessor, -1 for the anchor; None: a chain
     probs       [B, K, V]  law each token was drawn from (only the rejection rule asks); None: picked outright
+
+    All but probs, which belong on the target's device, may be on any. Nonsense (other shapes, ids outside the vocabulary,
+    a token that its own law excludes) costs the requests it was made for their drafts: the engine logs it and goes on.
     """
 
     tokens: Tensor

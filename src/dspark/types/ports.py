@@ -54,6 +54,9 @@ class Drafter(Protocol):
 
     feature_layers  target layers whose hidden states it wants, 0-based decoder layers; () for none
     length          the most draft tokens it ever proposes for one request; slots are counted with it
+
+    What it may have besides: `compile()`, called when the engine compiles; `read(requests)`, which takes in features
+    without drafting, for requests that it has not been asked about for long; `calibration` of its confidences.
     """
 
     feature_layers: tuple[int, ...]

@@ -59,6 +59,8 @@ class SamplingParams:
     traffic_class        name of the kind of traffic it belongs to, for beliefs of its own; None shares everyone's
     logprobs             report the target's log-probabilities of the chosen and the n likeliest tokens; None reports none
     grammar              tokens that it excludes are never drawn; None excludes none
+
+    Raises InvalidRequest, a ValueError, for a value that cannot be meant.
     """
 
     temperature: float = 1.0
