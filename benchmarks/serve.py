@@ -6,10 +6,11 @@
 starts `dspark serve` as users do and talks to it with streaming clients, taking turns with the same engine
 in this process, which writes the same text. Closed loop: clients begin one after another, and each asks again up to 0.1 s
 after it has its answer; the engine's own speed is that of requests that come in the same way. What the server adds to
-the first token and between events is against an engine whose requests come when the server's did: who comes while a step
-runs waits for its end on both sides.
+the first token and to every event is read off one clock that both ends share: of the server's request log, which says
+when requests had arrived at the engine and when its steps ended, and of the client, which notes when bytes come.
 Open loop (--rate): requests arrive at random, whether or not earlier ones have ended.
---minutes: the closed loop for so long, and what the server's memory does. --peer needs transformers[serving] and
+--minutes: the closed loop for so long, and what memory, files and threads of the server's processes do (on Linux); with
+--repeats 0 nothing else. --peer needs transformers[serving] and
 accelerate; both sides then answer the same requests at temperature 0, up to the target's end token.
 """
 
@@ -42,7 +43,8 @@ import uvloop
 
 from benchmarks import prompts
 from benchmarks.measure import leave_alone
-from benchmarks.serve_loads import Load, ask_closed, ask_open, closed, greedy, own, sampled
+from benchmarks.serve_added import Added, RequestLog
+from benchmarks.serve_loads import PAUSE_SECONDS, Load, ask_closed, ask_open, closed, greedy, own, sampled
 from dspark import Engine, load_drafter, load_target
 
 
@@ -59,6 +61,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--requests-per-client", type=int, default=4, help="(default 4)")
     add("--tokens", type=int, default=96, help="new tokens per request (default 96)")
     add("--repeats", type=int, default=3, help="turns that each side takes (default 3)")
+    add(
+        "--pause",
+        type=float,
+        default=PAUSE_SECONDS,
+        help="clients of --minutes ask again up to so much later, in seconds",
+    )
     add("--rate", type=float, help="open loop: requests a second, as well")
     add("--prefix-tokens", type=int, default=0, help="of the server (default 0: turns repeat their prompts)")
     add("--threads", type=int, default=1, help="of each side (default 1)")
@@ -78,8 +86,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @contextmanager
-def started(command: Sequence[str], port: int, ready: str) -> Iterator[str]:
-    """The URL of a server process, once it answers at `ready`."""
+def started(command: Sequence[str], port: int, ready: str) -> Iterator[tuple[str, int]]:
+    """The URL and the number of a server process, once it answers at `ready`."""
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -91,7 +99,7 @@ def started(command: Sequence[str], port: int, ready: str) -> Iterator[str]:
                     said = log.read().decode(errors="replace").strip().splitlines()[-5:]
                     raise SystemExit("\n".join([*said, f"{' '.join(command)} did not start"]))
                 time.sleep(0.2)
-            yield url
+            yield url, process.pid
         finally:
             process.terminate()
             process.wait(60)
@@ -129,9 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command += ["--drafter", options.drafter, "--scheduler", options.scheduler, "--dtype", options.dtype]
         command += ["--threads", str(options.threads), "--served-model-name", "ours"]
         command += ["--prefix-tokens", str(options.prefix_tokens), *["--compile"][: options.compile]]
-        url = stack.enter_context(started(command, port, "/ready"))
-        for clients in map(int, options.clients.split(",")):
-            loads += _beside_engine(engine, url, texts, clients, options)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        command += ["--request-log", str(folder / "requests.jsonl")]
+        url, pid = stack.enter_context(started(command, port, "/ready"))
+        log = RequestLog(folder / "requests.jsonl")
+        for clients in map(int, options.clients.split(",")) if options.repeats else ():
+            loads += _beside_engine(engine, url, log, texts, clients, options)
         if options.rate:
             load = Load("server, open loop", 0)
             asked = sampled(_texts(texts, 32 if options.quick else 200), options.tokens)
@@ -139,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_load(load, f"{options.rate:g} requests/s arriving at random")
             loads.append(load)
         if options.minutes:
-            report["memory"] = uvloop.run(_soak(url, texts, options))
+            report["memory"] = uvloop.run(_soak(url, pid, texts, options))
         if options.peer:
             loads += _beside_peer(url, texts, options, Path(target.config._name_or_path))
     if options.json:
@@ -150,25 +161,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _beside_engine(
-    engine: Engine, url: str, texts: Sequence[str], clients: int, options: argparse.Namespace
+    engine: Engine, url: str, log: RequestLog, texts: Sequence[str], clients: int, options: argparse.Namespace
 ) -> list[Load]:
-    asked, loads = _texts(texts, clients * options.requests_per_client), []
+    asked, added = _texts(texts, clients * options.requests_per_client), Added()
+    sides: tuple[list[Load], list[Load]] = [], []
     for repeat in range(options.repeats + 1):
         cpu = _of_both(httpx.get(url + "/metrics", timeout=60).text, "cpu_seconds_total")
         server = closed("server", url, clients, sampled(asked, options.tokens))
         server.cpu_seconds = _of_both(httpx.get(url + "/metrics", timeout=60).text, "cpu_seconds_total") - cpu
-        alone = [own(engine, asked, clients, options.tokens, arrivals) for arrivals in (None, server.arrivals)]
+        logged = log.next(len(asked))
+        alone = own(engine, asked, clients, options.tokens)
         if repeat:  # the first turn warms both up
-            loads += [server, *alone]
-    _print_sides(loads)
-    return loads
+            added.add(server, logged)
+            sides[0].append(server)
+            sides[1].append(alone)
+    _print_sides(*sides, added)
+    return [*sides[0], *sides[1]]
 
 
 def _beside_peer(url: str, texts: Sequence[str], options: argparse.Namespace, folder: Path) -> list[Load]:
     port, loads = free_port(), []
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", options.dtype, *options.peer_flags.split()]
-    with started(command, port, "/health") as peer:
+    with started(command, port, "/health") as (peer, _):
         for clients in map(int, options.peer_clients.split(",")):
             asked, sides = _texts(texts, clients * options.requests_per_client), {"server": url, "transformers": peer}
             for repeat in range(options.repeats + 1):
@@ -182,10 +197,10 @@ def _beside_peer(url: str, texts: Sequence[str], options: argparse.Namespace, fo
     return loads
 
 
-async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> list[tuple[float, float]]:
-    """(seconds, resident bytes) of the server while clients keep asking, never twice the same."""
+async def _soak(url: str, pid: int, texts: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the server's processes held, minute by minute, while clients kept asking, never twice the same."""
     clients, began = max(map(int, options.clients.split(","))), time.monotonic()
-    load = Load("server, long run", clients)
+    load, held = Load("server, long run", clients), list[dict[str, Any]]()
 
     def requests() -> Iterator[tuple[str, dict[str, Any]]]:
         for seed in count():
@@ -194,18 +209,31 @@ async def _soak(url: str, texts: Sequence[str], options: argparse.Namespace) -> 
             text = f"{seed}. {texts[seed % len(texts)]}"
             yield text, {"temperature": 1, "seed": seed, "max_tokens": options.tokens, "ignore_eos": True}
 
-    asking, memory = asyncio.ensure_future(ask_closed(url, load, requests())), []
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        while not asking.done():
-            page = (await client.get("/metrics")).text
-            memory.append((time.monotonic() - began, _of_both(page, "resident_memory_bytes")))
-            await asyncio.wait([asking], timeout=5)
+    asking = asyncio.ensure_future(ask_closed(url, load, requests(), options.pause))
+    while not asking.done():
+        await asyncio.wait([asking], timeout=60)
+        held.append({"minutes": (time.monotonic() - began) / 60, "num_requests": len(load.events)} | held_by(pid))
+        shown = "; ".join(
+            f"{name} {size / 2**20:.1f} MiB, {files} files, {threads} threads"
+            for name in ("front", "engine")
+            for size, files, threads in [held[-1][name]]
+        )
+        print(f"{held[-1]['minutes']:6.1f} minutes, {len(load.events)} requests: {shown}", flush=True)
     await asking
-    settled = [(at, size / 2**20) for at, size in memory if at > 60 * options.minutes / 4] or [(0.0, 0.0)]
-    first, last = (statistics.median(size for _, size in part) for part in (settled[:12], settled[-12:]))
     _print_load(load, f"{options.minutes:g} minutes with {clients} clients")
-    print(f"  resident memory {first:.0f} MiB after a quarter of it, {last:.0f} MiB at the end")
-    return memory
+    return held
+
+
+def held_by(pid: int) -> dict[str, tuple[int, int, int]]:
+    """Resident bytes, open files and threads of a server's two processes."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # Python's resource tracker is one of them
+    return {"front": _held(str(pid)), "engine": max(map(_held, children))}
+
+
+def _held(pid: str) -> tuple[int, int, int]:
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = {line[0]: line[1] for line in lines if len(line) > 1}
+    return int(status["VmRSS:"]) * 1024, len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status["Threads:"])
 
 
 def _of_both(page: str, name: str) -> float:
@@ -218,32 +246,29 @@ def _texts(texts: Sequence[str], count: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(count)]
 
 
-def _print_sides(loads: Sequence[Load]) -> None:
-    server, engine, same = (
-        [load for load in loads if load.side == side] for side in ("server", "engine", "engine, same arrivals")
-    )
+def _print_sides(server: Sequence[Load], engine: Sequence[Load], added: Added) -> None:
     share = statistics.median(s.speed / e.speed for s, e in zip(server, engine, strict=True))
-    first, gap = (statistics.median(x for load in server for x in getattr(load, n)) for n in ("first_token", "gaps"))
-    added = statistics.median(
-        ours - alone
-        for s, e in zip(server, same, strict=True)
-        for ours, alone in zip(s.first_token, e.first_token, strict=True)
-    )
-    client = statistics.median(load.client_seconds / sum(map(len, load.events)) for load in server)
+    speed, own_speed = (statistics.median(load.speed for load in side) for side in (server, engine))
+    first = statistics.median(x for load in server for x in load.first_token)
     cpu, own_cpu = (statistics.median(x.cpu_seconds / x.num_tokens for x in side) for side in (server, engine))
-    # Turns lie seconds apart, in which the machine's speed moves; from turn to turn that goes either way.
-    added_gaps = sorted(
-        statistics.median(s.gaps) - statistics.median(e.gaps) for s, e in zip(server, same, strict=True)
-    )
+    client = statistics.median(load.client_seconds / sum(map(len, load.events)) for load in server)
     print(
-        f"{server[0].clients:3d} clients: server {statistics.median(x.speed for x in server):6.0f} tokens/s, "
-        f"{100 * share:.0f} % of the engine's {statistics.median(x.speed for x in engine):.0f}; "
-        f"first token {1000 * first:.1f} ms, {1000 * added:+.1f}; between events {1000 * gap:.1f} ms, "
-        f"{1000 * statistics.median(added_gaps):+.1f} (turns {1000 * added_gaps[0]:+.1f} to "
-        f"{1000 * added_gaps[-1]:+.1f}); processor time per token {1000 * cpu:.2f} ms, {100 * (cpu / own_cpu - 1):+.0f} %, and "
-        f"{1000 * client:.2f} ms of the clients per event",
+        f"{server[0].clients:3d} clients: server {speed:6.0f} tokens/s, {100 * share:.0f} % of the engine's {own_speed:.0f}; "
+        f"first token {1000 * first:.1f} ms, of which the server's {_spread(added.first_token)}; "
+        f"added to an event {_spread(added.events)}; processor time per token {1000 * cpu:.2f} ms, "
+        f"{100 * (cpu / own_cpu - 1):+.0f} %, and {1000 * client:.2f} ms of the clients per event"
+        + (
+            f"; {added.num_left_out} requests of {sum(len(s.events) for s in server)} left out"
+            if added.num_left_out
+            else ""
+        ),
         flush=True,
     )
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    ordered = sorted(seconds)
+    return f"{1000 * statistics.median(ordered):.2f} ms (95 % within {1000 * ordered[-1 - len(ordered) // 20]:.2f})"
 
 
 def _print_load(load: Load, note: str) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,9 +33,10 @@ Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's
 class Load:
     """What one side did with one load. Seconds since it began.
 
+    began           on the clock that all processes of a machine share
     cpu_seconds     processor time of this side's whole process meanwhile, where it was asked for
     client_seconds  processor time of the clients, who may share the server's cores
-    arrivals        of requests
+    arrivals        of requests: when they were sent
     events          of each request: when tokens of it came
     """
 
@@ -43,14 +44,17 @@ class Load:
     clients: int
     num_tokens: int = 0
     num_failed: int = 0
+    began: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     client_seconds: float = 0.0
+    seeds: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     events: list[list[float]] = field(default_factory=list)
 
-    def arrive(self, at: float) -> list[float]:
+    def arrive(self, at: float, seed: int = 0) -> list[float]:
         """A request comes; where its events go."""
+        self.seeds.append(seed)
         self.arrivals.append(at)
         self.events.append([])
         return self.events[-1]
@@ -73,18 +77,12 @@ class Load:
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
-def own(
-    engine: Engine, texts: Sequence[str], clients: int, tokens: int, arrivals: Sequence[float] | None = None
-) -> Load:
-    """The engine alone, stepped here, for clients like those of the server.
-
-    arrivals  when requests come instead, whether or not others have ended
-    """
-    load, began = Load("engine" if arrivals is None else "engine, same arrivals", clients), time.perf_counter()
+def own(engine: Engine, texts: Sequence[str], clients: int, tokens: int) -> Load:
+    """The engine alone, stepped here, for clients like those of the server."""
+    load, began = Load("engine", clients), time.perf_counter()
     load.cpu_seconds, pauses = -time.process_time(), random.Random(0)
     waiting, running, num_seen = deque(enumerate(texts)), dict[Request, list[float]](), dict[Request, int]()
-    asks = [n * RAMP_SECONDS / clients for n in range(clients)] if arrivals is None else list(arrivals)
-    heapify(asks)
+    asks = [n * RAMP_SECONDS / clients for n in range(clients)]  # a heap, being in order
     while waiting or running:
         now = time.perf_counter() - began
         while waiting and asks and asks[0] <= now:
@@ -103,8 +101,7 @@ def own(
             if request.finish_reason:
                 load.num_tokens += len(request.generated)
                 del running[request]
-                if arrivals is None:
-                    heappush(asks, now + pauses.uniform(0, PAUSE_SECONDS))
+                heappush(asks, now + pauses.uniform(0, PAUSE_SECONDS))
     load.seconds = time.perf_counter() - began
     load.cpu_seconds += time.process_time()
     return load
@@ -132,16 +129,16 @@ def closed(side: str, url: str, clients: int, requests: Asked) -> Load:
     return load
 
 
-async def ask_closed(url: str, load: Load, requests: Asked) -> None:
-    began, pauses = time.perf_counter(), random.Random(0)
+async def ask_closed(url: str, load: Load, requests: Asked, pause_seconds: float = PAUSE_SECONDS) -> None:
+    load.began, pauses = time.monotonic(), random.Random(0)
     load.client_seconds = -time.process_time()
 
     async def one(number: int) -> None:
         await asyncio.sleep(number * RAMP_SECONDS / load.clients)
         connection = await connect(url)
         for text, asked in requests:
-            await _ask(connection, load, began, text, asked)
-            await asyncio.sleep(pauses.uniform(0, PAUSE_SECONDS))
+            await _ask(connection, load, text, asked)
+            await asyncio.sleep(pauses.uniform(0, pause_seconds))
         connection.close()
 
     await asyncio.gather(*(one(number) for number in range(load.clients)))
@@ -152,31 +149,32 @@ async def ask_closed(url: str, load: Load, requests: Asked) -> None:
 async def ask_open(url: str, load: Load, requests: Asked, rate: float) -> None:
     """Requests at random, so many a second, whether or not earlier ones have ended."""
     chance = random.Random(0)
-    began, asking = time.perf_counter(), []
+    load.began, asking = time.monotonic(), []
 
     async def one(text: str, asked: dict[str, Any]) -> None:
         connection = await connect(url)
-        await _ask(connection, load, began, text, asked)
+        await _ask(connection, load, text, asked)
         connection.close()
 
     for text, asked in requests:
         asking.append(asyncio.ensure_future(one(text, asked)))
         await asyncio.sleep(chance.expovariate(rate))
     await asyncio.gather(*asking)
-    load.seconds = time.perf_counter() - began
+    load.seconds = time.monotonic() - load.began
 
 
-async def _ask(connection: Connection, load: Load, began: float, text: str, asked: dict[str, Any]) -> None:
+async def _ask(connection: Connection, load: Load, text: str, asked: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": text}], "stream": True, **asked}
     body["stream_options"] = {"include_usage": True}
-    events, usage, rest = load.arrive(time.perf_counter() - began), None, b""
-    status, pieces = await connection.ask("/v1/chat/completions", json.dumps(body).encode())
+    written = json.dumps(body).encode()
+    events, usage, rest = load.arrive(time.monotonic() - load.began, asked.get("seed", 0)), None, b""
+    status, pieces = await connection.ask("/v1/chat/completions", written)
     for at, piece in pieces:
         *whole, rest = (rest + piece).split(b"\n\n")
         for event in (json.loads(data[6:]) for data in whole if data.startswith(b"data: {")):
             usage = event.get("usage") or usage
             if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                events.append(at - began)
+                events.append(at - load.began)
     load.num_tokens += usage["completion_tokens"] if usage else len(events)
     if status != 200 or not events:
         print(f"a request failed with status {status}: {rest.decode(errors='replace')[:300]}", file=sys.stderr)
@@ -203,7 +201,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
-        self._now = time.perf_counter()
+        self._now = time.monotonic()
         self._parser.feed_data(data)
 
     def on_body(self, body: bytes) -> None:

@@ -1,33 +1,58 @@
 from __future__ import annotations
 
+from benchmarks.serve_added import Added, RequestLog
 from benchmarks.serve_loads import Load, closed, own, sampled
 from dspark import Engine, load_drafter, load_target
+from dspark.monitor.request_log import RequestLog as Log
 from serve.conftest import serving
 
 TEXTS = ["What is a river?", "Hi", "What does the word cold mean?"]
 
 
-def test_all_sides_do_the_same_work() -> None:
+def test_both_sides_do_the_same_work_and_what_http_adds_is_a_part_of_it(tmp_path) -> None:
     target = load_target("tiny", dtype="float32", device="cpu")
-    engine = Engine(target, load_drafter("dspark", target), "fixed:7")
-    alone = own(engine, TEXTS, clients=2, tokens=12)
-    with serving(Engine(target, load_drafter("dspark", target), "fixed:7")) as served:
+    alone = own(Engine(target, load_drafter("dspark", target), "fixed:7"), TEXTS, clients=2, tokens=12)
+    log = Log(tmp_path / "log")
+    options = {"on_finished": [log.request], "at_end": [log.close]}
+    with serving(Engine(target, load_drafter("dspark", target), "fixed:7"), options) as served:
         ours = closed("server", served.url, 2, sampled(TEXTS, 12))
-    same = own(engine, TEXTS, clients=2, tokens=12, arrivals=ours.arrivals)
-    for load in (alone, ours, same):
+    for load in (alone, ours):
         assert (load.num_tokens, load.num_failed, len(load.first_token)) == (36, 0, 3)
         assert min(load.gaps + load.first_token) > 0
         assert load.arrivals == sorted(load.arrivals)
-    for load in (alone, ours):
         assert sum(load.gaps + load.first_token) < load.clients * load.seconds
     assert len(alone.gaps) >= len(ours.gaps)  # an event may carry no new character
-    assert same.arrivals == ours.arrivals
+    added = Added()
+    added.add(ours, RequestLog(tmp_path / "log").next(3))
+    assert len(added.first_token) + added.num_left_out == 3
+    assert min(added.first_token + added.events) > 0
+    assert max(added.first_token) < max(ours.first_token)
 
 
-def test_requests_wait_for_their_time() -> None:
+def test_what_is_added_lies_before_the_engine_and_behind_its_steps() -> None:
+    load, added = Load("server", 2, began=100.0), Added()
+    load.arrive(1.0, seed=5).extend([3.25, 4.5])
+    load.arrive(2.0, seed=6).append(3.0)
+    steps = {"arrived": 101.5, "steps": [[103.0, 1], [104.0, 7]]}
+    added.add(load, [{"seed": 6, **steps}, {"seed": 5, **steps}])
+    assert added.first_token == [0.5 + 0.25]  # 5's; that 3 follows 2 is the engine's doing
+    assert added.events == [0.25, 0.5]
+    assert added.num_left_out == 1  # 6 had two steps and one event
+
+
+def test_a_log_is_read_on_from_where_it_was_left(tmp_path) -> None:
+    (tmp_path / "log").write_text('{"seed": 1}\n{"seed": 2}\n')
+    log = RequestLog(tmp_path / "log")
+    assert log.next(2) == [{"seed": 1}, {"seed": 2}]
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"seed": 3}\n')
+    assert log.next(1) == [{"seed": 3}]
+
+
+def test_a_client_asks_again_after_its_answer() -> None:
     target = load_target("tiny", dtype="float32", device="cpu")
-    load = own(Engine(target), TEXTS, clients=1, tokens=2, arrivals=[0.0, 0.0, 0.3])
-    assert load.seconds > 0.3 and load.num_tokens == 6
+    load = own(Engine(target), TEXTS, clients=1, tokens=2)
+    assert load.num_tokens == 6 and load.arrivals[1] > load.events[0][-1]
 
 
 def test_times_are_from_each_requests_arrival() -> None:

@@ -101,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of requests, replayed without drafts when idle (0.01)",
     )
     watch.add_argument("--event-log", metavar="FILE", help="JSON lines: differing canaries, drift; no text of requests")
+    watch.add_argument(
+        "--request-log", metavar="FILE", help="JSON lines: when requests came and their steps ended; no text"
+    )
     watch.add_argument("--slo-ttft", type=float, default=1.0, metavar="SECONDS", help="objective: first token (1)")
     watch.add_argument(
         "--slo-per-token", type=float, default=0.1, metavar="SECONDS", help="objective: later ones (0.1)"
@@ -150,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
 def watched_engine(args: argparse.Namespace) -> Watched:
     """What runs in the engine's process: a started worker, watched by the metrics."""
     from dspark.engine.worker import Worker
+    from dspark.monitor.request_log import RequestLog
     from dspark.serve.backend import Watched
     from dspark.serve.logs import log_to_stderr
 
@@ -158,14 +162,15 @@ def watched_engine(args: argparse.Namespace) -> Watched:
     _warm_up(engine)
     log_to_stderr(args.log_level)
     monitoring, kept = _monitoring(args, engine), _kept(args, engine)
+    logs = [RequestLog(args.request_log)] if args.request_log else []
     worker = Worker(
         engine,
         max_waiting=args.max_waiting,
         stuck_seconds=args.stuck_after,
         observers=[monitoring.step, *kept],
-        on_finished=[monitoring.request],
+        on_finished=[monitoring.request, *(each.request for each in logs)],
         idle_tasks=[monitoring.idle],
-        at_end=[monitoring.close, *(learned.save for learned in kept)],
+        at_end=[monitoring.close, *(each.close for each in logs), *(learned.save for learned in kept)],
         drafter=drafter_name(args),
     )
     return Watched(worker.start(), monitoring.metrics.render, monitoring.snapshot)
