@@ -203,6 +203,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Capture, argv: tuple[str,
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", PROMPT, "--scheduler", "fixed:-1"),
+        ("generate", PROMPT, "--scheduler", "optimal", "--rule", "rejection"),
+        ("generate", PROMPT, "--drafter", "oracle"),
+        ("generate", PROMPT, "--drafter", "missing.py:make"),
+        ("generate", PROMPT, "--drafter", "dspark", "--target", "elsewhere"),
+        ("generate", PROMPT, "--temperature", "-1"),
+        ("generate", ""),
+        ("chat", "--top-p", "2"),
+        ("compare", "none", "dspark,scheduler=fixed"),
+        ("compare", "none", "dspark", "--temperature", "nan"),
+        ("verify-lossless", "--drafter", "oracle"),
+        ("verify-lossless", "--temperature", "0", "-1"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("dspark.target.loading.load_target", lambda *_, **__: pytest.fail("a model is being loaded"))
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and is_one_line_error(err)
+
+
+@pytest.mark.parametrize(
     "argv", [["frobnicate"], ["generate"], ["generate", PROMPT, "--top-k", "many"], ["generate", PROMPT, "--x"]]
 )
 def test_a_wrong_command_line_is_exit_code_2(capsys: Capture, argv: list[str]) -> None:

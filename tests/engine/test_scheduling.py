@@ -290,7 +290,7 @@ def test_a_drafter_that_cannot_read_costs_drafts_and_no_answer(target, texts, mo
 def test_a_clock_that_jumps_changes_no_text(target, texts, monkeypatch, seed):
     rng = random.Random(seed)
     jumping = lambda: time.perf_counter() + rng.choice([0, 0, 0, -3600, 3600])  # noqa: E731
-    monkeypatch.setattr("dspark.engine.engine.time", SimpleNamespace(perf_counter=jumping))
+    monkeypatch.setattr("dspark.engine.loop.time", SimpleNamespace(perf_counter=jumping))
     engine = Engine(target, Sure(texts), "auto", observers=[hindsight := Hindsight()])
     generations = engine.generate(PROMPTS, SamplingParams(temperature=1, seed=4, max_tokens=40))
     assert [p + g.token_ids for p, g in zip(PROMPTS, generations, strict=True)] == texts

@@ -21,13 +21,21 @@ BY_COST: dict[str, Callable[[StepCost], PrefixScheduler]] = {
 
 
 def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipation: bool) -> PrefixScheduler:
-    """The scheduler of this name, or an object that already is one.
+    """The scheduler of this name, or an object that already is one. Raises InvalidConfiguration.
 
     fixed:7  threshold:0.6  algorithm1  lagged  optimal  tokens-per-batch  startup-table
     auto: the best that the acceptance rule stays lossless under, `optimal` or `lagged`
     """
-    if not isinstance(name, str):
-        return name
+    scheduler = _named(name, cost, allows_anticipation) if isinstance(name, str) else name
+    if scheduler.anticipates and not allows_anticipation:
+        raise InvalidConfiguration(
+            f"{type(scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
+            "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
+        )
+    return scheduler
+
+
+def _named(name: str, cost: StepCost, allows_anticipation: bool) -> PrefixScheduler:
     if name == AUTO:
         return Optimal(cost) if allows_anticipation else Lagged(cost)
     if name in BY_COST:

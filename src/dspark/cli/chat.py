@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with progress(generate.loading(args), args.no_color):
-        engine = generate.make_engine(args, prefix_tokens=_REMEMBERED)
         params = generate.sampling_params(args)
+        engine = generate.make_engine(args, prefix_tokens=_REMEMBERED)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then edits lines and remembers them
     opening = [{"role": "system", "content": args.system}] if args.system else []

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.models import add_target, add_threads, open_target, set_threads
+from dspark.cli.models import add_target, add_threads, check_names, open_target, set_threads
 from dspark.cli.terminal import new_file, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
@@ -94,18 +94,20 @@ def _check(args: argparse.Namespace, setups: list[Setup]) -> None:
         raise InvalidRequest("each setup can take part once")
     if len(setups) < 2 and not (args.against or args.save):
         raise InvalidRequest("comparing takes two setups, as in `none dspark`, or a kept run (--against FILE)")
+    for setup in setups:
+        check_names(args.target, setup.drafter, setup.scheduler, setup.rule)
 
 
 def _runs(args: argparse.Namespace, setups: list[Setup]) -> list[Run]:
     from dspark.evaluate.runs import run_all
     from dspark.types import SamplingParams
 
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     with progress(f"loading {args.target}", args.no_color):
         target, engines = _engines(args, setups)
         samples, raw = _samples(args, target)
     if len(samples) < 2 * args.batch:
         raise InvalidRequest(f"an interval needs two batches; {len(samples)} prompts make fewer of {args.batch}")
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     doing = f"decoding {len(samples)} prompts {args.repeats} times with {len(setups)} setups"
     with progress(doing, args.no_color), quiet_drift():
         return run_all(engines, _facts(args, target), samples, params, args.batch, args.repeats, raw)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.models import add_hub, add_target, add_threads, drafter_name, open_target, set_threads
+from dspark.cli.models import add_hub, add_target, add_threads, check_names, drafter_name, open_target, set_threads
 from dspark.cli.terminal import (
     marked,
     progress,
@@ -142,12 +142,12 @@ def _prompt(args: argparse.Namespace) -> Any:
         text = sys.stdin.read()
         if not args.raw:
             text = text.removesuffix("\n")  # echo and editors add it; a raw prompt means every byte
+    if not text:
+        raise InvalidRequest("the prompt is empty: give at least one character")
     if args.system is None:
         return text
     if args.raw:
         raise InvalidRequest("--raw puts nothing around the prompt, so --system has no place: leave one of them out")
-    if not text:
-        raise InvalidRequest("the prompt is empty: give at least one character")
     return [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
 
 
@@ -170,6 +170,7 @@ def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
 
     if args.deterministic and args.tree is not None:
         raise InvalidRequest("--deterministic reads chains: leave out --tree")
+    check_names(args.target, drafter_name(args), args.scheduler, args.rule)
     set_threads(args)
     target = open_target(args, deterministic=args.deterministic)
     shape = {} if args.tree is None else {"tree": args.tree}

@@ -47,6 +47,18 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
+def check_names(target: str, drafter: str, scheduler: str, rule: str) -> None:
+    """Raise InvalidConfiguration for names that mean nothing, before anybody waits for a model to load."""
+    from dspark.budget.capacity import Capacity
+    from dspark.budget.schedulers import make_scheduler
+    from dspark.drafters.loading import check_name
+    from dspark.sampling import KeyedDraws
+    from dspark.verify import make_rule
+
+    make_scheduler(scheduler, Capacity(), make_rule(rule, KeyedDraws(vocab_size=1)).allows_anticipation)
+    check_name(drafter, target)
+
+
 def open_target(args: argparse.Namespace, dtype: str | None = None, deterministic: bool = False) -> Target:
     """The target of these options; `dtype` in place of theirs."""
     from dspark import load_target

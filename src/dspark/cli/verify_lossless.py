@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.models import add_hub, add_target, add_threads, open_target, set_threads
+from dspark.cli.models import add_hub, add_target, add_threads, check_names, open_target, set_threads
 from dspark.cli.terminal import new_file, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
@@ -67,11 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dspark.types import SamplingParams
+
     _check(args)
     args.drafter = args.drafter or ("dspark" if args.target == "tiny" else "ngram")
+    check_names(args.target, args.drafter, args.scheduler, args.rule)
+    laws = [SamplingParams(temperature=t, max_tokens=args.max_tokens, seed=args.seed) for t in args.temperature]
     with progress(f"loading {args.target}", args.no_color):
         from dspark.evaluate import lossless, prompts
-        from dspark.types import SamplingParams
 
         target, speculative, plain = _engines(args)
         texts, raw = prompts.fitting(target.tokenizer, target.vocab_size, args.prompts)
@@ -81,10 +84,9 @@ def run(args: argparse.Namespace) -> int:
     logits_of = _Single(args) if dtype != "float32" and not args.deterministic else None
     token_checks: list[TokenCheck] = []
     law_checks: list[LawCheck] = []
-    for temperature in args.temperature:
-        params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens, seed=args.seed)
-        with progress(f"temperature {temperature:g}, {len(texts)} prompts", args.no_color), quiet_drift():
-            if args.rule == "coupled" or temperature == 0:
+    for params in laws:
+        with progress(f"temperature {params.temperature:g}, {len(texts)} prompts", args.no_color), quiet_drift():
+            if args.rule == "coupled" or params.temperature == 0:
                 check = lossless.check_tokens(speculative, plain, texts, params, args.batch, dtype, logits_of, raw)
                 token_checks.append(check)
             else:

@@ -47,15 +47,24 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
     name = os.fspath(name_path_or_id)
     if isinstance(target, str):
         raise InvalidConfiguration(f"a drafter is loaded for a target: load_drafter({name!r}, load_target({target!r}))")
+    check_name(name, target.name)
     if name in _BUILT_IN:
         return _call(name, _BUILT_IN[name], target, options)
     if name in EMBEDDED:
-        return _open(str(_embedded(name, target)), target, options)
-    if ".py:" in name or name.endswith(".py"):
+        return _open(str(_embedded(name, target.name)), target, options)
+    if _is_file(name):
         return _complete(name, _call(name, _from_file(name), target, options))
-    if not Path(name).expanduser().exists() and "/" not in name:
-        raise InvalidConfiguration(_unknown(name, target))
     return _open(name, target, options)
+
+
+def check_name(name: str, target_name: str) -> None:
+    """Raise InvalidConfiguration for a drafter's name that means nothing with this target, which need not be loaded yet."""
+    if name in EMBEDDED:
+        _embedded(name, target_name)
+    elif _is_file(name):
+        _path_and_function(name)
+    elif name not in _BUILT_IN and "/" not in name and not Path(name).expanduser().exists():
+        raise InvalidConfiguration(_unknown(name, target_name))
 
 
 def _none(target: Target) -> Drafter:
@@ -187,13 +196,13 @@ def _call(name: str, make: Callable[..., Drafter], target: Target, options: dict
     return make(target, **options)
 
 
-def _embedded(name: str, target: Target) -> Path:
-    if target.name not in ("tiny",):
+def _embedded(name: str, target_name: str) -> Path:
+    if target_name not in ("tiny",):
         raise InvalidConfiguration(
-            f"the drafter {name!r} comes with the embedded target tiny, and the target is {target.name}; "
+            f"the drafter {name!r} comes with the embedded target tiny, and the target is {target_name}; "
             "name the folder or hub id of a drafter"
         )
-    folder = embedded_pair_folder(target.name) / name
+    folder = embedded_pair_folder(target_name) / name
     if not folder.is_dir():
         raise CheckpointError(
             f"the embedded drafter {name!r} is not in this installation: {folder} is missing; reinstall the package"
@@ -201,8 +210,12 @@ def _embedded(name: str, target: Target) -> Path:
     return folder
 
 
-def _from_file(name: str) -> Callable[..., Drafter]:
-    """The function that `path/to/file.py:make` names."""
+def _is_file(name: str) -> bool:
+    return ".py:" in name or name.endswith(".py")
+
+
+def _path_and_function(name: str) -> tuple[Path, str]:
+    """What `path/to/file.py:make` is made of."""
     path_text, _, function = name.rpartition(":")
     if not function or not path_text.endswith(".py"):
         raise InvalidConfiguration(f"expected file.py:function, as in my_drafter.py:make; got {name!r}")
@@ -211,13 +224,19 @@ def _from_file(name: str) -> Callable[..., Drafter]:
         raise InvalidConfiguration(
             f"{path_text} does not exist; expected a Python file with a function {function}(target)"
         )
+    return path, function
+
+
+def _from_file(name: str) -> Callable[..., Drafter]:
+    """The function that `path/to/file.py:make` names."""
+    path, function = _path_and_function(name)
     spec = importlib.util.spec_from_file_location(f"dspark_drafter_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        raise InvalidConfiguration(f"{path_text} cannot be imported: {type(error).__name__}: {error}") from error
+        raise InvalidConfiguration(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     make = getattr(module, function, None)
     if not callable(make):
         functions = [
@@ -225,7 +244,7 @@ def _from_file(name: str) -> Callable[..., Drafter]:
             for key, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__
         ]
-        raise InvalidConfiguration(f"{path_text} has no function {function!r}; it has {', '.join(functions) or 'none'}")
+        raise InvalidConfiguration(f"{path} has no function {function!r}; it has {', '.join(functions) or 'none'}")
     return make
 
 
@@ -239,8 +258,8 @@ def _complete(name: str, drafter: Any) -> Drafter:
     return drafter
 
 
-def _unknown(name: str, target: Target) -> str:
-    names = [*_BUILT_IN, *(EMBEDDED if target.name == "tiny" else ())]
+def _unknown(name: str, target_name: str) -> str:
+    names = [*_BUILT_IN, *(EMBEDDED if target_name == "tiny" else ())]
     near = difflib.get_close_matches(name, names, 1)
     return (
         f"no drafter is called {name!r}"

@@ -35,7 +35,6 @@ from dspark.types import (
     Observer,
     PrefixScheduler,
     Request,
-    Rule,
     SamplingParams,
     StepRecord,
 )
@@ -90,7 +89,6 @@ class Engine:
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
         chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
-        _refuse_bias(chosen_by, self.rule)
         self.rule.reports_chances = heeds_beliefs(chosen_by)
         if beliefs is None:  # nobody waits for what nobody heeds
             beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs(chosen_by) else RawBeliefs()
@@ -293,12 +291,4 @@ def _refuse_names(target: object, drafter: object) -> None:
     if isinstance(drafter, str):
         raise InvalidConfiguration(
             f"Engine takes a drafter and not its name: Engine(target, load_drafter({drafter!r}, target))"
-        )
-
-
-def _refuse_bias(scheduler: PrefixScheduler, rule: Rule) -> None:
-    if scheduler.anticipates and not rule.allows_anticipation:
-        raise InvalidConfiguration(
-            f"{type(scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "
-            "rejection rule (paper, Appendix A): use rule='coupled', or a scheduler that does not anticipate"
         )
