@@ -1,7 +1,8 @@
 """A CUDA device that is none: tensors that say they lie on `cuda:1`, hold their values on the host, and behave as there.
 
 It refuses what CUDA refuses (operators over tensors of two devices, numpy), keeps the pinned memory that copies still
-read under guard, and writes down every copy between host and device with the line of dspark that asked for it.
+read under guard, lets nobody see what a copy brings before it was waited for, and writes down every copy between host
+and device with the line of dspark that asked for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,8 @@ _LIKE = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_s
 @dataclass(frozen=True)
 class Copy:
     """kind: `to host`, `to device` (from memory that is not pinned: both make the host wait), `queued` (from pinned
-    memory), `wait` (an operator whose result's size is read back)."""
+    memory), `coming` (into pinned memory), `wait` (an operator whose result's size is read back, or an event after which
+    the device was told nothing), `late` (an event after which it was: it works on while the host waits)."""
 
     kind: str
     num_bytes: int
@@ -50,18 +53,28 @@ class Ledger:
 
     copies: list[Copy] = field(default_factory=list)
     pinned: dict[int, Tensor] = field(default_factory=dict)  # by address; kept, so that no address comes twice
-    in_flight: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # pinned memory being read, and what it held
+    now: int = 0  # operations that the device was told to do
+    in_flight: list[tuple[int, Tensor, Tensor]] = field(
+        default_factory=list
+    )  # since when; being read, and what it held
+    coming: list[tuple[int, Tensor, Tensor]] = field(
+        default_factory=list
+    )  # since when; being written, and what it gets
 
     def write(self, kind: str, tensor: Tensor, operator: str) -> None:
         self.copies.append(Copy(kind, tensor.numel() * tensor.element_size(), operator, _line()))
-        if kind != "queued":
+        if kind in ("to host", "to device", "wait"):
             self.settle()
 
-    def settle(self) -> None:
-        """The device has done all that it was told: only now may its sources have changed."""
-        for source, held in self.in_flight:
-            assert torch.equal(source, held), "pinned memory was overwritten while a copy to the device still read it"
-        self.in_flight.clear()
+    def settle(self, until: float = inf) -> None:
+        """The device has done what it was told until then: only now may its sources have changed, or results be there."""
+        for since, source, held in self.in_flight:
+            is_same = since > until or torch.equal(source, held)
+            assert is_same, "pinned memory was overwritten while a copy to the device still read it"
+        for since, place, value in self.coming:
+            if since <= until:
+                place.copy_(value)
+        self.in_flight, self.coming = ([x for x in xs if x[0] > until] for xs in (self.in_flight, self.coming))
 
     def of(self, *kinds: str) -> list[Copy]:
         return [copy for copy in self.copies if copy.kind in kinds]
@@ -116,6 +129,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif not ours:
         return func(*args, **kwargs)
     name = func.overloadpacket.__name__
+    _ledger.now += 1
     if name in _COPIES:
         return _copy(name, func, args, kwargs, tensors, wanted)
     _check_devices(name, func, args, tensors, ours)
@@ -151,12 +165,17 @@ def _copy(name: str, func: Any, args: Any, kwargs: dict[str, Any], tensors: list
     if source.device.type == "cpu" and target.type == "cuda":
         storage = source.untyped_storage().data_ptr()
         if is_queued and storage in _ledger.pinned:
-            _ledger.in_flight.append((source, source.clone()))
+            _ledger.in_flight.append((_ledger.now, source, source.clone()))
             _ledger.write("queued", source, name)
         elif source.numel():
             _ledger.write("to device", source, name)
+    elif source.device.type == "cuda" and target.type == "cpu" and is_queued:
+        place = args[0]
+        assert place.untyped_storage().data_ptr() in _ledger.pinned, "a copy into memory that is not pinned waits"
+        _ledger.coming.append((_ledger.now, place, _value(source).clone()))
+        _ledger.write("coming", source, name)
+        return place.fill_(-1 if place.dtype.is_signed else 255)  # what was there before, for all that anybody knows
     elif source.device.type == "cuda" and target.type == "cpu":
-        assert not is_queued, "nobody waits for this copy to the host"
         _ledger.write("to host", source, name)
     if name == "copy_" and target.type == "cpu":
         return args[0].copy_(_value(args[1]))
@@ -220,14 +239,20 @@ class _Functions(TorchFunctionMode):
 
 
 class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.since: int | None = None
 
     def record(self, stream: Any = None) -> None:
         """An event that is recorded elsewhere than the copies waits for none of them."""
         assert stream is not None and stream.device == DEVICE, "an event of the current device, which is another one"
+        self.since = _ledger.now
 
     def synchronize(self) -> None:
-        _ledger.settle()
+        """An event that was never recorded is over."""
+        if self.since is not None:
+            kind = "late" if _ledger.now > self.since else "wait"
+            _ledger.copies.append(Copy(kind, 0, "synchronize", _line()))
+            _ledger.settle(self.since)
 
 
 @cache

@@ -6,7 +6,7 @@ that it was told before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -43,6 +43,22 @@ def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[
         on_host[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
     there = on_host.to(device, non_blocking=True)
     return [there[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places, strict=True)]
+
+
+def coming_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin a copy to the host's memory. Who calls what is returned gets it, and waits for no more than that copy."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    on_host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def arrived() -> Tensor:
+        copied.synchronize()
+        return on_host
+
+    return arrived
 
 
 def together_on_host(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -30,6 +30,7 @@ class Coupled:
 
     allows_anticipation = True
     reports_chances = False  # noise that draft and target share decides: there is nothing to know but what happened
+    draws_alike = True
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
@@ -86,6 +87,7 @@ class Rejection:
 
     allows_anticipation = False
     reports_chances = False
+    draws_alike = False
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws

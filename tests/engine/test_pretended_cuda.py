@@ -109,6 +109,33 @@ def test_texts_of_the_rejection_rule_are_those_of_the_cpu(target: Target, there:
     assert found == expected
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_the_overlapped_loop_waits_for_the_step_before_only(
+    target: Target, there: Target, ledger: Ledger, is_recorded: bool
+) -> None:
+    """Nothing that it reads is there before it waited for it, and the device always has the next step to go on with."""
+    params = [SamplingParams(t, max_tokens=8, seed=i, ignore_eos=True) for i, t in enumerate((0.0, 0.7, 1.0))]
+    expected = [g.token_ids for g in Engine(target).generate(PROMPTS[:3], params)]
+    there._compiled.clear()
+    engine = Engine(there, overlap=True, num_slots=1024)
+    if is_recorded:
+        there.capture(RunAgain())
+    requests = [engine.submit(prompt, one) for prompt, one in zip(PROMPTS, params, strict=False)]
+    for _ in range(3):  # prompts are read, and the first step ahead has its size recorded
+        engine.step()
+    for _ in range(4):
+        ledger.copies.clear()
+        engine.step()
+        assert not ledger.of("to host", "to device", "wait")
+        assert [copy.line.partition(":")[0] for copy in ledger.of("late")][-1] == "engine/overlapped.py"
+        assert len(ledger.of("late")) == 1 + is_recorded  # inputs of a recording wait until the last ones went over
+        assert [copy.num_bytes for copy in ledger.of("coming")] == [8 * len(requests)]
+    engine.step()
+    assert [r.generated for r in requests] == expected
+    assert there.num_free_slots == there.cache.limit
+    there._compiled.clear()
+
+
 def test_the_cache_fits_the_device(there: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     there.resize(4096)
     there.extend([Span(0, 0, (1,))])

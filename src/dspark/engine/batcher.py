@@ -31,15 +31,16 @@ class Batcher:
     def admit(self, num_free: int) -> list[Request]:
         """Let waiting requests in while there are slots for all their tokens besides what the running ones may take."""
         admitted: list[Request] = []
-        promised = sum(len(r.pending) - 1 + self.lookahead for r in self.running)
-        while self.waiting and len(self.running) < self.max_running:
-            need = len(self.waiting[0].pending) - 1 + self.lookahead
-            if promised + need > num_free:
-                break
+        promised = self._promised
+        while (need := self._need_of_next(num_free - promised)) is not None:
             promised += need
             admitted.append(self.waiting.popleft())
             self.running.append(admitted[-1])
         return admitted
+
+    def could_admit(self, num_free: int) -> bool:
+        """Whether `admit` would let anybody in."""
+        return bool(self.waiting) and self._need_of_next(num_free - self._promised) is not None
 
     def preempt(self, num_free: int) -> Request | None:
         """Take the youngest request out if this step may not fit; it waits first in line. The caller frees its slots.
@@ -71,6 +72,18 @@ class Batcher:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    @property
+    def _promised(self) -> int:
+        """Slots that the running requests may take."""
+        return sum(len(r.pending) - 1 + self.lookahead for r in self.running)
+
+    def _need_of_next(self, num_free: int) -> int | None:
+        """Slots of the first that waits; None: nobody does, or there are too few, or too many run already."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return None
+        need = len(self.waiting[0].pending) - 1 + self.lookahead
+        return need if need <= num_free else None
 
     def _need(self) -> int:
         return sum(min(len(r.pending), self.max_tokens) if is_reading(r) else self.lookahead for r in self.running)

@@ -22,6 +22,7 @@ from dspark.engine.loop import plain_step
 from dspark.engine.machine import fingerprint, live_beliefs
 from dspark.engine.measuring import Grid, measure
 from dspark.engine.neighbours import neighbours_over
+from dspark.engine.overlapped import Overlapped
 from dspark.engine.prefix_cache import PrefixCache
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, as_prompts
@@ -60,6 +61,7 @@ class Engine:
     max_length          tokens of one request, prompt and output, at most; None: what the target can read and hold
     prefix_tokens       tokens of past requests that are kept so as not to read them again; 0: no prefix cache
     compile             compile target and drafter: faster steps after tens of seconds of warm-up
+    overlap             plain decoding that launches each step before it has read the one before it (overlapped.py)
     observers           called with the StepRecord of every step
 
     Raises InvalidConfiguration for options that do not go together, such as a scheduler that looks at draft tokens with
@@ -79,6 +81,7 @@ class Engine:
         max_length: int | None = None,
         prefix_tokens: int = 0,
         compile: bool = False,
+        overlap: bool = False,
         observers: Sequence[Observer] = (),
         beliefs: Beliefs | None = None,
         capacity: Capacity | None = None,
@@ -112,6 +115,7 @@ class Engine:
         self.neighbours = neighbours_over(target.cache)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
+        self._step = Overlapped(self.drafter, self.rule).step if overlap else plain_step
         if compile:
             target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
@@ -262,7 +266,7 @@ class Engine:
                 self.set_aside()
                 self.ledger.is_torn = False
             try:
-                return plain_step(self)
+                return self._step(self)
             except BaseException:
                 self.ledger.is_torn = True
                 raise

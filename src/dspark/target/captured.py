@@ -100,7 +100,9 @@ class _Inputs:
             self._copied.synchronize()  # the copy of the step before may still be reading
         group, seen, num_tokens = plan.groups[0], plan.groups[0].visibility, len(plan.write)
         batch, num_queries = group.shape
-        self._lay_out(ids=token_ids, positions=positions, logit_rows=logit_rows, starts=seen.starts, rows=group.rows)
+        is_there = token_ids.device.type != "cpu"  # drawn by the step before, and the host has not seen them
+        self._lay_out(ids=None if is_there else token_ids, positions=positions, logit_rows=logit_rows)
+        self._lay_out(starts=seen.starts, rows=group.rows)
         self._lay_out(queries=seen.positions, inside=seen.inside, firsts=seen.firsts)
         inside = self.host["inside"]
         inside[batch:, :, 0] = inside[:, num_queries:, 0] = True  # a query that sees nothing has no softmax
@@ -112,6 +114,8 @@ class _Inputs:
             grid[:, num_queries:] = grid[:, :1]
         padded = np.arange(num_tokens) if group.back is None else group.back.numpy()
         self._complete(padded // num_queries * self.size.queries + padded % num_queries, batch)
+        if is_there:
+            self.tensors["ids"][:num_tokens].copy_(token_ids)
 
     def clear(self) -> None:
         """Nothing but padding."""
@@ -182,7 +186,10 @@ class CapturedForward:
         return self._step(Size.of(plan, self.limits.least_context)) is not None
 
     def __call__(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan) -> Outputs:
-        """token_ids [T], positions [T], logit_rows [R], on the host -> logits [R, V], features [T, F], the caller's own."""
+        """token_ids [T], positions [T], logit_rows [R] -> logits [R, V], features [T, F], the caller's own.
+
+        All on the host, as is the plan; token_ids may be on the device.
+        """
         step = self._step(Size.of(plan, self.limits.least_context))
         assert step is not None, "ask `takes` first"
         step.inputs.fill(token_ids, positions, logit_rows, plan)

@@ -113,11 +113,14 @@ class Target:
         return self.cache.num_free_slots
 
     @torch.no_grad()
-    def extend(self, spans: Sequence[Span], feature_layers: tuple[int, ...] = ()) -> Extension:
+    def extend(
+        self, spans: Sequence[Span], feature_layers: tuple[int, ...] = (), token_ids: Tensor | None = None
+    ) -> Extension:
         """Append each span to its request's cached prefix in one forward.
 
         feature_layers are 0-based decoder layers whose raw output is wanted (before the final norm); -1 is what the
-        first layer reads. Every span must start where its request's cache ends, a request may occur once. When it
+        first layer reads. token_ids [T]: of all spans, where the device knows them and the host does not yet; what the
+        spans say is then only how many. Every span must start where its request's cache ends, a request may occur once. When it
         raises (OutOfSlots, an interrupt), the cache is as before.
         """
         write = self._reserve(spans)
@@ -131,7 +134,8 @@ class Target:
             place = self.device
             if compiled is not None and compiled.takes(plan, len(inputs.logit_rows)):
                 run, place = compiled, compiled.reads_on
-            return Extension(*run(*move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place), plan))
+            ids, *others = move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place)
+            return Extension(*run(ids if token_ids is None else token_ids, *others, plan))
         except BaseException:
             for span in spans:
                 self.cache.keep(span.request_id, span.start, ())

@@ -17,6 +17,7 @@ class Rule(Protocol):
 
     allows_anticipation: bool  # lossless whatever the scheduler looks at
     reports_chances: bool  # whether somebody wants verdicts with `chances`
+    draws_alike: bool  # from the same logits, `draft` draws what `verify` commits
 
     def draft(
         self, logits: Tensor, requests: Sequence[Request], previous: Sequence[Sequence[int]]
