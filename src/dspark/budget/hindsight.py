@@ -16,14 +16,15 @@ def rates(capacity: Capacity, record: StepRecord) -> tuple[float, float]:
     That one verifies exactly the accepted tokens, or does not draft where plain decoding is faster. Both sides are priced
     by what the capacity believes, so that a step that happened to be slow is nobody's fault.
     """
-    load = record.load
-    if load is None or load.num_prompt_tokens or not record.request_ids or not capacity.is_known:
+    load, real = record.load, record.predicted_seconds
+    if load is None or load.num_prompt_tokens or not record.request_ids or not real or not capacity.is_known:
         return 0.0, 0.0
     num_requests, accepted = len(record.request_ids), sum(record.accepted)
-    sizes = (num_requests, num_requests + accepted, record.num_tokens)
-    plain, exact, real = (capacity.seconds_of(size, load.num_requests, load.context_tokens) for size in sizes)
-    drafting = capacity.draft_seconds(record.num_asked, load.context_tokens)
+    if not record.num_asked:  # most steps where drafts do not pay: there was nothing to know better
+        return num_requests / real, num_requests / real
     tokens = num_requests + accepted
+    plain, exact = (capacity.seconds_of(n, load.num_requests, load.context_tokens) for n in (num_requests, tokens))
+    drafting = capacity.draft_seconds(record.num_asked, load.context_tokens)
     return tokens / (real + drafting), max(tokens / (exact + drafting), num_requests / plain)
 
 
