@@ -262,21 +262,20 @@ def _print(
         f"fitted on {origin.num_prompts} prompts ({origin.num_rounds:,} rounds), judged on {origin.num_held_out_prompts} "
         f"others ({origin.num_held_out_rounds:,} rounds); temperature {args.temperature:g}, {args.rule} rule\n"
     )
-    print(
-        "position  survived  calibration error of survival          chance    AUC    Brier           T    T and offset"
-    )
-    print("                    raw      STS      affine                           raw    affine  STS")
+    print("                    calibration error of survival             Brier score    fitted")
+    print("position  survived     raw     sts  affine  chance    AUC    raw    affine  sts: T  affine: T, offset")
     rows = zip(*(of[name].positions for name in _VARIANTS), strict=True)
     for k, (raw, sts, affine) in enumerate(rows):
         a = calibrations["affine"]
         print(
-            f"{k + 1:<10}{raw.rate:7.1%}   {_percent(raw.ece)}  {_percent(sts.ece)}  {_percent(affine.ece)}  "
-            f"{affine.ece_floor:7.2%}  {affine.auc.value:.3f}  {raw.brier.value:.3f}  {affine.brier.value:.3f}   "
-            f"{calibrations['sts'].temperatures[k]:.2f}  {a.temperatures[k]:.2f} {a.offsets[k]:+.2f}"
+            f"{k + 1:<10}{raw.rate:8.1%}  {_percent(raw.ece)}  {_percent(sts.ece)}  {_percent(affine.ece)}  "
+            f"{affine.ece_floor:6.2%}  {affine.auc.value:.3f}  {raw.brier.value:.3f}   {affine.brier.value:.3f}"
+            f"    {calibrations['sts'].temperatures[k]:.2f}    {a.temperatures[k]:.2f}, {a.offsets[k]:+.2f}"
         )
     print()
+    print(f"{'mean of positions':<37}calibration error (95 % interval, less what chance adds)")
     print(
-        f"{'mean of positions':<20}prompts  rounds   raw                   STS                   affine"
+        f"{'judged on':<20}prompts  rounds   raw                   sts                   affine"
         "                chance   AUC"
     )
     for name, of in judged.items():
@@ -284,6 +283,12 @@ def _print(
         best = of["affine"]
         auc = sum(r.auc.value for r in best.positions) / len(best.positions)
         print(f"{name:<20}{best.num_prompts:>7} {best.num_rounds:>7,}   {values}  {best.mean_floor:.2%}   {auc:.3f}")
+    print(
+        "\nraw: survival as the drafter states it; sts: its confidences with a temperature T per position, affine: with T "
+        f"and an offset\n(stored: {args.method}). Calibration error: how far stated survival is from what was observed; "
+        "chance: the error that as many\nrounds would show if nothing were wrong. AUC: how well drafts that survive are told "
+        "from others, 0.5 (not at all) to 1.\nBrier score: mean square of stated less observed; the lower the better."
+    )
 
 
 def _percent(interval: Interval) -> str:
