@@ -12,9 +12,11 @@ from dspark.drafters.draft_model import SelfDrafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.prefix_cache import RUN, PrefixCache
+from dspark.target import Target
 from dspark.target.kv_cache import KVCache
 from dspark.types import Request, SamplingParams, Span
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features
+from target.conftest import plain_model
 
 LAYERS = (0, 1)
 
@@ -166,6 +168,27 @@ def test_joining_leaving_and_preemption_change_nothing(target, small, conversati
     assert sum(r.num_preempted for r in records) > 0
     assert sum(r.num_prefix_found for r in records) >= sum(r.num_prompt_found for r in requests) > 100
     assert target.num_free_slots == target.cache.limit
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_where_layers_see_a_window_the_texts_are_the_same(conversations, family):
+    """What is found is longer than the window, ends inside it, and goes on in chunks shorter than it."""
+    target = Target(plain_model(family), name=family)
+    conversations = conversations[:7]
+    expected = plainly(target, conversations)
+    assert target.windows == {7} and min(map(len, conversations)) > 2 * 7
+    later = [[*p, *t, 7, 11, i] for i, (p, t) in enumerate(zip(conversations, expected, strict=True))]
+    after = plainly(target, later)
+    records = []
+    options = {"prefix_tokens": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 9, "observers": [records.append]}
+    engine = Engine(target, SelfDrafter(target, 2, 3), "fixed:3", **options)
+    for prompts, known in ((conversations, expected), (later, after)):
+        found = engine.generate(prompts, [params_of(i) for i in range(len(prompts))])
+        assert [g.token_ids for g in found] == known
+        assert_slots_owned(engine)
+    assert sum(r.num_prefix_found for r in records) > 0.5 * sum(r.num_prefix_asked for r in records)
+    assert 0 < sum(sum(r.accepted) for r in records) < sum(sum(r.verified) for r in records)
+    assert_contents(engine)
 
 
 def test_acceptance_is_that_of_reading_it_all():

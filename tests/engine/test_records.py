@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dspark.budget.beliefs import LiveBeliefs, LiveSettings
+from dspark.drafters.draft_model import SelfDrafter
 from dspark.engine.batcher import is_reading
 from dspark.engine.engine import Engine
+from dspark.sampling import law
 from dspark.types import Draft, Load, Request, Rule, SamplingParams, Span, StepRecord
 from engine.models import VOCAB_SIZE, Known, OracleDrafter, random_target
 from engine.spies import Fickle, interrupt
@@ -42,7 +44,7 @@ class Asked(OracleDrafter):
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
         self.num_features = sum(0 if r.features is None else len(r.features) for r in requests)
-        draft = super().propose(requests, rule)
+        draft = self.guess(requests, rule)
         draft.confidence = torch.rand(draft.tokens.shape, generator=torch.Generator().manual_seed(len(requests)))
         if draft.parents is not None:  # some go on from the decoy, where nobody gets
             is_lost = torch.rand(draft.parents.shape, generator=torch.Generator().manual_seed(len(requests))) < 0.1
@@ -50,6 +52,20 @@ class Asked(OracleDrafter):
         self.said = {r.id: b for b, r in enumerate(requests)}
         self.draft = draft
         return draft
+
+    def guess(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        return super().propose(requests, rule)
+
+
+class Drawn(Asked):
+    """Guesses are drawn from the law of the target's first layers, whatever the text has become."""
+
+    def __init__(self, target, length: int) -> None:
+        super().__init__([], length)
+        self.first_layers = SelfDrafter(target, 2, length)
+
+    def guess(self, requests: Sequence[Request], rule: Rule) -> Draft:
+        return self.first_layers.propose(requests, rule)
 
 
 class Anything:
@@ -82,15 +98,20 @@ class Tally:
         self.requests = {r.id: r for r in self.engine.batcher.running}
         self.reading = {r.id for r in self.engine.batcher.running if is_reading(r)}
         self.with_room = [r.id for r in self.engine.batcher.running if self.engine.ledger.room(r) > 1]
-        return self.extend(spans, layers)
+        out = self.extend(spans, layers)
+        self.logits = dict(
+            zip((s.request_id for s in spans), out.logits.split([s.num_logits for s in spans]), strict=True)
+        )
+        return out
 
     def step(self) -> StepRecord:
         engine = self.engine
         self.spans, self.drafter.said, self.drafter.num_features = [], {}, 0
-        running = set(engine.batcher.running)
+        was_torn, running = engine.ledger.is_torn, set(engine.batcher.running)
         done = {r: len(r.rounds) for r in (*engine.batcher.running, *engine.batcher.waiting)}
         record = engine.step()
-        assert record.num_preempted == len(running & set(engine.batcher.waiting))
+        # After an interrupt all are set aside, which is no preemption.
+        assert was_torn or record.num_preempted == len(running & set(engine.batcher.waiting))
         assert record.num_waiting == len(engine.batcher.waiting)
         assert record.num_running == len(engine.batcher.running)
         assert record.num_free_slots == engine.target.num_free_slots
@@ -121,20 +142,26 @@ class Tally:
             if row is not None:
                 assert draft.tokens[row][nodes].tolist() == list(span.tokens[1:])
             path = self._path(span, request)
-            assert record.accepted_nodes[b].nonzero()[:, 0].tolist() == [nodes[i - 1] for i in path]
-            assert record.accepted[b] == len(path)
+            accepted = record.accepted_nodes[b].nonzero()[:, 0].tolist()
+            assert record.accepted[b] == len(accepted)
+            if request.finish_reason is not None and self._known_text(request) is None:
+                accepted = accepted[: len(path)]  # of what was accepted beyond the end, no text says anything
+            assert accepted == [nodes[i - 1] for i in path]
             if len(request.rounds) > done[request]:
                 last = request.rounds[-1]
-                assert (last.drafted, last.verified, last.accepted) == (size, len(nodes), len(path))
+                assert (last.drafted, last.verified, last.accepted) == (size, len(nodes), record.accepted[b])
             num_new = len(request.tokens) - len(self.before[request.id])
             assert num_new == len(path) + 1 if request.finish_reason is None else 1 <= num_new <= len(path) + 1
 
+    def _known_text(self, request: Request) -> list[int] | None:
+        return next((t for t in self.drafter.texts if t[: len(request.tokens)] == request.tokens), None)
+
     def _path(self, span: Span, request: Request) -> list[int]:
-        """Places in the span of the tokens that the text goes through."""
-        known = next(t for t in self.drafter.texts if t[: len(request.tokens)] == request.tokens)
+        """Places in the span of the tokens that the text goes through, as far as it is known to go."""
+        text = self._known_text(request) or request.tokens
         parents = range(-1, len(span.tokens) - 1) if span.parents is None else span.parents
         path, at = [], 0
-        for token in known[span.start + 1 :]:
+        for token in text[span.start + 1 :]:
             found = [i for i, p in enumerate(parents) if i and p == at and span.tokens[i] == token]
             if not found:
                 break
@@ -143,9 +170,10 @@ class Tally:
         return path
 
 
-def labels(tally: Tally, record: StepRecord) -> set[tuple[int, int, float]]:
-    """(request, node, accepted) of what was read after accepted tokens only, as long as the request went on."""
-    found = set()
+def labels(tally: Tally, record: StepRecord) -> dict[tuple[int, int], float]:
+    """Of what was read after accepted tokens only, as long as the request went on, by request and node: was it accepted, or
+    where draws are judged by their laws, what these have in common."""
+    found = {}
     assert record.kept is not None and record.accepted_nodes is not None
     for b, request_id in enumerate(record.request_ids):
         request = tally.requests[request_id]
@@ -156,21 +184,29 @@ def labels(tally: Tally, record: StepRecord) -> set[tuple[int, int, float]]:
             depth[k] = depth[parent] + 1
             is_reached = parent < 0 or bool(record.accepted_nodes[b, parent])
             if is_reached and (request.finish_reason != "stop" or depth[k] <= num_new):
-                found.add((b, k, float(record.accepted_nodes[b, k])))
+                found[b, k] = float(record.accepted_nodes[b, k])
+                if tally.drafter.draft.probs is not None:
+                    temperature = torch.full((1, 1), float(request.params.temperature), dtype=torch.double)
+                    judge = law(tally.logits[request_id][[depth[parent]]].double(), temperature)[0]
+                    drawn_from = tally.drafter.draft.probs[tally.drafter.said[request_id], k]
+                    found[b, k] = float(torch.minimum(judge, drawn_from).sum())
     return found
 
 
 @pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
 @pytest.mark.parametrize(("num_positions", "share_interrupted"), [(12, 0.0), (2, 0.1)])
-def test_records_and_labels_are_what_happened(target, prompts, texts, tree, num_positions, share_interrupted):
+def test_records_and_labels_are_what_happened(target, prompts, texts, tree, rule, num_positions, share_interrupted):
     rng, limit = random.Random(1), target.cache.limit
-    target.resize(150)
-    drafter = Asked(texts, length=6, tree=tree, error=0.15)
+    target.resize(130)
+    is_drawn = rule == "rejection" and not tree
+    drafter = Drawn(target, 6) if is_drawn else Asked(texts, length=6, tree=tree, error=0.15)
     beliefs = LiveBeliefs(None, num_positions, LiveSettings(full_share=0.2, rounds_per_update=10**9))
     engine = Engine(
         target,
         drafter,
         Anything(rng),
+        rule,
         guard=Fickle(rng),
         beliefs=beliefs,
         capacity=Known(),
@@ -195,13 +231,19 @@ def test_records_and_labels_are_what_happened(target, prompts, texts, tree, num_
         records.append(record)
         if record.kept is not None and record.kept.shape[1]:
             expected = labels(tally, record)
-            got = [(o.rows.tolist(), o.columns.tolist(), o.happened.tolist()) for o in beliefs._waiting]
-            assert {x for o in got for x in zip(*o, strict=True)} == expected
+            noted = [
+                zip(o.rows.tolist(), o.columns.tolist(), o.happened.tolist(), strict=True) for o in beliefs._waiting
+            ]
+            assert {(row, column): label for o in noted for row, column, label in o} == pytest.approx(expected)
             num_labels += len(expected)
     del target.extend
     target.resize(limit)
     assert {r.finish_reason for r in requests} == {"stop", "length"}
-    assert num_labels > 100 and sum(r.num_skipped for r in records) > 20
+    assert (
+        num_labels > 100
+        and any(r.chances is not None and r.chances.numel() for r in records) == is_drawn
+        and sum(r.num_skipped for r in records) > 20
+    )
     assert sum(r.num_preempted for r in records) > 0 and sum(r.num_prefix_found for r in records) > 100
     if not share_interrupted:  # which takes its record with it
         assert sum(r.num_prefix_found for r in records) == sum(r.num_prompt_found for r in requests)
