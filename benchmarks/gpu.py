@@ -28,7 +28,7 @@ if not __package__:
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_captured, gpu_kernels, gpu_report, gpu_sections, prompts, report
+from benchmarks import gpu_captured, gpu_kernels, gpu_overlap, gpu_report, gpu_sections, prompts, report
 from benchmarks.contenders import PLAIN, Ours
 from benchmarks.floor import copy_bandwidth, floor_of
 from benchmarks.gpu_peers import peers
@@ -39,7 +39,7 @@ from dspark.errors import UnsupportedModel
 from dspark.target import native
 from dspark.target.check import check_parity
 
-SECTIONS = ("steps", "captured", "tilings", "kernels", "rounds", "decode", "deterministic")
+SECTIONS = ("steps", "captured", "tilings", "kernels", "overlap", "rounds", "decode", "deterministic")
 PEERS = ("eager", "compiled", "continuous")
 POLICIES = (
     "off,fixed:1,fixed:3,fixed:5,fixed:7,threshold:0.6,algorithm1,lagged,optimal,tokens-per-batch,startup-table,auto"
@@ -51,8 +51,9 @@ _SHARES = {
     "captured": 0.08,
     "tilings": 0.05,
     "kernels": 0.1,
-    "rounds": 0.15,
-    "decode": 0.45,
+    "overlap": 0.08,
+    "rounds": 0.12,
+    "decode": 0.4,
     "deterministic": 0.05,
 }
 
@@ -195,6 +196,11 @@ class Benchmark:
     def _most_bytes(self) -> int:
         """That a cache may take."""
         return int(0.7 * gpu_report.free_bytes(self.options.device))
+
+    def overlap(self, deadline: float) -> None:
+        loads, context = self.options.requests, self.options.contexts[0]
+        rows = gpu_overlap.loops(self.target, self.floor, loads, context, self.options.repeats, self.say)
+        self._collect("overlap", rows, deadline)
 
     def rounds(self, deadline: float) -> None:
         context = self.options.contexts[0]

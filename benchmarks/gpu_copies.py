@@ -4,7 +4,8 @@
 
 A pretended card (tests/pretend_cuda.py) holds its values on the host and counts every copy. What is counted makes the
 host wait until the device has done all that it was told: copies to the host, and copies to the device from memory that
-is not pinned. Triton's kernels are left out, which need no copies.
+is not pinned. Apart from these, waits for a step before while the device goes on with the next. Triton's kernels are
+left out, which need no copies.
 """
 
 from __future__ import annotations
@@ -30,48 +31,50 @@ from dspark.target import kernels
 from pretend_cuda import DEVICE, Ledger, pretend_cuda
 
 PENALTY = {"repetition_penalty": 1.2}
-CASES: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any], str]] = (
-    ("plain", "none", {}, {}, "coupled"),
-    ("plain, a repetition penalty and log-probabilities", "none", {}, PENALTY | {"logprobs": 2}, "coupled"),
-    ("DSpark", "dspark", {}, {}, "coupled"),
-    ("DSpark with a repetition penalty", "dspark", {}, PENALTY, "coupled"),
-    ("DSpark's tree of 15", "dspark", {"tree": 15}, {}, "coupled"),
-    ("EAGLE-3", "eagle3", {}, {}, "coupled"),
-    ("EAGLE-3's tree of 15", "eagle3", {"tree": 15}, {}, "coupled"),
-    ("draft model", "draft", {}, {}, "coupled"),
-    ("DSpark under the rejection rule", "dspark", {}, {}, "rejection"),
+CASES: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = (
+    ("plain", "none", {}, {}, {}),
+    ("plain, overlapped", "none", {}, {}, {"overlap": True}),
+    ("plain, a repetition penalty and log-probabilities", "none", {}, PENALTY | {"logprobs": 2}, {}),
+    ("DSpark", "dspark", {}, {}, {}),
+    ("DSpark with a repetition penalty", "dspark", {}, PENALTY, {}),
+    ("DSpark's tree of 15", "dspark", {"tree": 15}, {}, {}),
+    ("EAGLE-3", "eagle3", {}, {}, {}),
+    ("EAGLE-3's tree of 15", "eagle3", {"tree": 15}, {}, {}),
+    ("draft model", "draft", {}, {}, {}),
+    ("DSpark under the rejection rule", "dspark", {}, {}, {"rule": "rejection"}),
 )
 PROMPTS = [[*range(5, 13)], [30, 31], [40, 41, 42]]
 
 
-def count(engine: Engine, ledger: Ledger, params: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Copies to the host, copies to the device that wait, and bytes to the host: medians over four steps of three requests."""
+def count(engine: Engine, ledger: Ledger, params: Mapping[str, Any]) -> list[float]:
+    """Copies to the host that wait, copies to the device that do, waits for the step before, and bytes to the host.
+
+    Medians over four steps of three requests.
+    """
     told = SamplingParams(temperature=0.8, max_tokens=60, seed=1, ignore_eos=True, **params)
     for prompt in PROMPTS:
         engine.submit(prompt, told)
-    for _ in range(2):  # prompts are read
+    for _ in range(3):  # prompts are read, and the overlapped loop is ahead
         engine.step()
     steps = []
     for _ in range(4):
         ledger.copies.clear()
         engine.step()
-        come = ledger.of("to host")
-        steps.append((len(come), len(ledger.of("to device")), sum(copy.num_bytes for copy in come)))
-    to_host, to_device, num_bytes = (median(counts) for counts in zip(*steps, strict=True))
-    return to_host, to_device, num_bytes
+        num_bytes = sum(copy.num_bytes for copy in ledger.of("to host", "coming"))
+        steps.append([*(len(ledger.of(kind)) for kind in ("to host", "to device", "late")), num_bytes])
+    return [median(counts) for counts in zip(*steps, strict=True)]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    table = Table(
-        "three requests, temperature 0.8, fixed:7, uncompiled", "to the host", "to the device", "bytes to the host"
-    )
+    what = "three requests, temperature 0.8, fixed:7, uncompiled"
+    table = Table(what, "to the host", "to the device", "one step behind", "bytes to the host")
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch) as ledger:
         for part in (kernels, sampling):
             patch.setattr(part, "runs_triton", lambda device: False)
         target = load_target("tiny", dtype="float32", device=str(DEVICE), check=False)
-        for name, kind, options, params, rule in CASES:
-            engine = Engine(target, load_drafter(kind, target, **options), "fixed:7", rule)
+        for name, kind, options, params, how in CASES:
+            engine = Engine(target, load_drafter(kind, target, **options), "fixed:7", **how)
             table.add_row(name, *(f"{number:g}" for number in count(engine, ledger, params)))
             engine.fail_running()
     Console().print(table)

@@ -16,6 +16,7 @@ from benchmarks import summary, table
 from benchmarks.contenders import PLAIN
 from benchmarks.gpu_captured import CapturedRow, TilingRow
 from benchmarks.gpu_kernels import KernelRow
+from benchmarks.gpu_overlap import OverlapRow
 from benchmarks.gpu_sections import DeterministicRow, RoundRow, StepRow
 from benchmarks.measure import Section
 
@@ -108,6 +109,16 @@ def _kernels(rows: Sequence[KernelRow]) -> Table:
     return found
 
 
+def _overlap(rows: Sequence[OverlapRow]) -> Table:
+    headings = ("requests", "context", "plain loop ms", "overlapped", "host", "floor", "busy", "same tokens")
+    found = Table(*headings, title="Plain decoding, one step after the other and one step ahead")
+    for r in rows:
+        times = map(_ms, (r.plain, r.overlapped, r.host, r.floor))
+        busy = "" if r.plain_busy is None or r.busy is None else f"{r.plain_busy:.0%}, {r.busy:.0%}"
+        found.add_row(str(r.requests), str(r.context), *times, busy, "yes" if r.is_same else "NO")
+    return found
+
+
 def _rounds(rows: Sequence[RoundRow]) -> Table:
     headings = ("requests", "context", "plain ms", "draft", "verify", "round / plain", "floor: plain", "draft", "busy")
     found = Table(*headings, title="Engine steps: plain, and with drafts verified in full (acceptance replayed)")
@@ -150,6 +161,7 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
     "captured": _captured,
     "tilings": _tilings,
     "kernels": _kernels,
+    "overlap": _overlap,
     "rounds": _rounds,
     "decode": _decode,
     "deterministic": _deterministic,
@@ -165,6 +177,12 @@ def aims(found: Mapping[str, Sequence[Any]]) -> list[tuple[bool, str]]:
     if captured := [r for r in found.get("captured", ()) if r.num_megabytes]:  # on CPU nothing is recorded
         slower = [r for r in captured if r.captured > r.eager]
         lines.append((not slower, f"recorded steps behind eager ones in {len(slower)} of {len(captured)}, aim none"))
+    for r in found.get("overlap", ()):
+        lines.append((r.is_same, f"{_requests(r.requests)}: same tokens by both loops"))
+        if r.busy is not None:  # on CPU there is nothing to overlap
+            gain = r.plain / r.overlapped
+            lines.append((gain >= 1, f"{_requests(r.requests)}: overlapped loop {gain:.2f}x the plain one, aim 1x"))
+            lines.append((r.busy >= 0.97, f"{_requests(r.requests)}: device busy for {r.busy:.0%} of it, aim 97%"))
     for r in found.get("rounds", ()):
         if r.requests == 1:
             share = r.plain_floor / r.plain

@@ -24,7 +24,7 @@ from dspark.types import Span, StepRecord
 
 Say = Callable[[str], None]
 
-_PROMPT_TOKENS = 8192  # read in one step
+PROMPT_TOKENS = 8192  # read in one step
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Ready:
             None if is_off else self.drafter,
             "fixed:0" if is_off else policy,
             max_num_seqs=self.max_requests,
-            max_num_batched_tokens=_PROMPT_TOKENS,
+            max_num_batched_tokens=PROMPT_TOKENS,
             capacity=self.capacity,
             observers=[records.append],
         )
@@ -169,7 +169,7 @@ def _decoding_steps(
     """Full steps, all requests decoding; busy: how much of them the device worked, where that is known."""
     records: list[StepRecord] = []
     # While others still read their prompts, the first ones write: one token a step, undrafted.
-    most = (2 * repeats + 4) * (1 + ready.drafter.length) + 4 * requests * context // _PROMPT_TOKENS + 8
+    most = (2 * repeats + 4) * (1 + ready.drafter.length) + 4 * requests * context // PROMPT_TOKENS + 8
     ready.target.resize(requests * (context + most + 16))
     engine = ready.engine(policy, records)
     scheduler, engine.choosing.scheduler = engine.choosing.scheduler, FixedLength(0)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import gpu
+from benchmarks.gpu_overlap import OverlapRow
 from benchmarks.gpu_report import DecodeRow, aims
 from benchmarks.gpu_sections import RoundRow, step_sizes
 
@@ -21,7 +22,7 @@ def test_sections_end_in_one_file(tmp_path, capsys):
             "--device",
             "cpu",
             "--sections",
-            "steps,captured,tilings,kernels,rounds",
+            "steps,captured,tilings,kernels,overlap,rounds",
             *few,
             "--json",
             str(file),
@@ -33,6 +34,8 @@ def test_sections_end_in_one_file(tmp_path, capsys):
     assert all(r["captured"] > 0 and r["compiled"] is None for r in found["captured"])
     assert found["tilings"] == []  # nothing to tune without CUDA
     assert [(r["what"], r["tokens"]) for r in found["kernels"]] == [("attention", n) for n in (1, 8, 2, 16)]
+    assert [(r["requests"], r["is_same"]) for r in found["overlap"]] == [(1, True), (2, True)]
+    assert all(r["plain"] > 0 and 0 < r["host"] <= r["overlapped"] for r in found["overlap"])
     assert [r["requests"] for r in found["rounds"]] == [1, 2]
     assert all(r["floor"] > 0 and r["seconds"] > 0 for r in found["steps"])
     assert "replayed: tau 4.73" in found["machine"]["acceptance"]
@@ -60,3 +63,8 @@ def test_aims_are_judged_by_what_was_found():
     reached = {line: is_reached for is_reached, line in aims({"rounds": [row], "decode": [decode]})}
     assert list(reached.values()) == [True, False, True, True, False]
     assert "64 requests: auto over the best fixed length 0.95x, aim 0.98x" in reached
+
+
+def test_loops_are_compared_where_a_device_tells_how_busy_it_is():
+    row = OverlapRow(4, 512, 5.0, 4.0, host=1.5, plain_busy=0.8, busy=0.98, floor=3.0, is_same=False)
+    assert [is_reached for is_reached, _ in aims({"overlap": [row]})] == [False, True, True]

@@ -18,7 +18,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.models import add_hub, add_target, add_threads, check_names, drafter_name, open_target, set_threads
+from dspark.cli.models import (
+    add_hub,
+    add_overlap,
+    add_target,
+    add_threads,
+    check_names,
+    check_overlap,
+    drafter_name,
+    open_target,
+    set_threads,
+)
 from dspark.cli.terminal import (
     marked,
     progress,
@@ -80,6 +90,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument(
         "--deterministic", action="store_true", help="same bits alone, in a draft and in company (chains, uncompiled)"
     )
+    add_overlap(speculation)
     add_threads(speculation)
 
 
@@ -171,11 +182,12 @@ def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:
     if args.deterministic and args.tree is not None:
         raise InvalidRequest("--deterministic reads chains: leave out --tree")
     check_names(args.target, drafter_name(args), args.scheduler, args.rule)
+    check_overlap(args)
     set_threads(args)
     target = open_target(args, deterministic=args.deterministic)
     shape = {} if args.tree is None else {"tree": args.tree}
     drafter = load_drafter(drafter_name(args), target, **shape)
-    options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile}
+    options = {"scheduler": args.scheduler, "rule": args.rule, "compile": args.compile, "overlap": args.overlap}
     return Engine(target, drafter, **options, prefix_tokens=prefix_tokens)
 
 

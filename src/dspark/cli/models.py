@@ -47,6 +47,23 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
+def add_overlap(arguments: Arguments) -> None:
+    """Whether the host goes ahead."""
+    arguments.add_argument(
+        "--overlap", action="store_true", help="launch each step before the last one is read (--drafter none, on a GPU)"
+    )
+
+
+def check_overlap(args: argparse.Namespace) -> None:
+    """Raise InvalidRequest where --overlap cannot go ahead, before anybody waits for a model to load."""
+    if args.overlap and drafter_name(args) != "none":
+        raise InvalidRequest(
+            f"--overlap goes ahead of plain decoding, and {drafter_name(args)} drafts: add --drafter none"
+        )
+    if args.overlap and args.rule != "coupled":
+        raise InvalidRequest(f"--overlap goes with --rule coupled; got {args.rule}")
+
+
 def check_names(target: str, drafter: str, scheduler: str, rule: str) -> None:
     """Raise InvalidConfiguration for names that mean nothing, before anybody waits for a model to load."""
     from dspark.budget.capacity import Capacity

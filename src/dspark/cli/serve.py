@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cli.models import add_hub, add_placement, add_threads, drafter_name, open_target, set_threads
+from dspark.cli.models import (
+    add_hub,
+    add_overlap,
+    add_placement,
+    add_threads,
+    check_overlap,
+    drafter_name,
+    open_target,
+    set_threads,
+)
 from dspark.cli.terminal import progress, say
 from dspark.errors import DSparkError, InvalidConfiguration
 
@@ -71,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--deterministic", action="store_true", help="a request's logits have the same bits alone and in company"
     )
+    add_overlap(engine)
     add_threads(engine)
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
@@ -120,6 +130,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
+    check_overlap(args)
     try:
         import llguidance  # noqa: F401  # only needed later, when the engine's process has begun
 
@@ -229,6 +240,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         max_length=args.max_model_len,
         prefix_tokens=args.prefix_tokens,
         compile=args.compile,
+        overlap=args.overlap,
         **options,
     )
 
