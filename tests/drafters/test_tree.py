@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dspark.budget.prefix_scheduler import FixedLength
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
-from dspark.drafters.draft_model import DraftModelDrafter
+from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
 from dspark.drafters.tree import Grower, TreeDrafter
@@ -24,7 +24,7 @@ from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration
 from dspark.sampling import KeyedDraws
 from dspark.target.target import Target
-from dspark.types import Draft, Request, SamplingParams
+from dspark.types import Draft, Request, SamplingParams, Span
 from dspark.verify import Coupled, Rejection
 from engine.models import VOCAB_SIZE, Known, random_target, reference_features
 from enumeration import Table, decode_law, distance, random_table, target_law
@@ -48,11 +48,21 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return random_target(tmp_path_factory.mktemp("target"))
 
 
+@pytest.fixture(autouse=True)
+def tidy(target: Target) -> Iterator[None]:
+    """Requests that a test made by itself leave the target with it."""
+    yield
+    for request_id in target.cache.request_ids:
+        target.release(request_id)
+
+
 def make_grower(kind: str, target: Target, tmp_path: Path) -> Grower:
     torch.manual_seed(1)
     embed, head = target.model.get_input_embeddings(), target.model.get_output_embeddings()
     if kind == "draft model":
         return DraftModelDrafter(random_target(tmp_path, seed=1, num_layers=2), length=4)
+    if kind == "self":
+        return SelfDrafter(target, num_layers=2, length=4)
     if kind == "eagle3":
         return Eagle3Drafter(randomised(Eagle3Model(Eagle3Config(**SHAPE))), embed, head, length=4, num_scratch=9)
     heads: dict[str, Any] = {"dflash": {"markov_rank": 0}}.get(kind, {"markov_rank": 8, "markov_head_type": kind})
@@ -84,6 +94,8 @@ class Scripted:
 
 
 def asked(target: Target, id: int, tokens: list[int], temperature: float = 0.0) -> Request:
+    if not target.cache.length(id):
+        target.extend([Span(id, 0, tokens[:-1])])
     features = reference_features(target, tokens[:-1], SHAPE["target_layer_ids"])
     params = SamplingParams(temperature=temperature)
     return Request(id, tokens, params, len(tokens), seed=7 + id, num_cached=len(tokens) - 1, features=features)
@@ -98,7 +110,7 @@ def paths_of(draft: Draft, b: int) -> list[list[int]]:
     return paths
 
 
-@pytest.mark.parametrize("kind", ["draft model", "eagle3", "dflash", "vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("kind", ["draft model", "self", "eagle3", "dflash", "vanilla", "gated", "rnn"])
 def test_a_node_is_as_likely_as_drafting_its_path_says(kind: str, target: Target, tmp_path: Path) -> None:
     """The oracle is the chain, which sees one path only: a wrong mask, parent, position or state shows here."""
     grower = make_grower(kind, target, tmp_path)
@@ -116,11 +128,13 @@ def test_a_node_is_as_likely_as_drafting_its_path_says(kind: str, target: Target
             alone = Scripted(path, 4)
             grower.propose([asked(target, 100, tokens)], alone)  # type: ignore[attr-defined]
             grower.release(100)
+            target.release(100)
             law = alone.logits[len(path) - 1].softmax(-1)
             assert confidence == pytest.approx(float(law[path[-1]]), rel=1e-3)
             assert int((law > law[path[-1]]).sum()) < 3, "one of the three likeliest followers"
             depths.add(len(path))
     assert depths == {1, 2, 3, 4}
+    assert [target.cache.length(r.id) for r in requests] == [r.num_cached for r in requests], "as it was found"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -190,6 +204,22 @@ def test_the_right_path_is_always_in_the_tree(batch: int, temperature: float, ta
         assert generation.token_ids == expected
         assert [r.accepted for r in generation.rounds[:-1]] == [4] * (len(generation.rounds) - 1)
     assert target.num_free_slots == target.cache.limit
+
+
+@pytest.mark.parametrize("num_slots", [400, 60])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tree_in_the_targets_own_slots_changes_no_text(temperature: float, num_slots: int, target: Target) -> None:
+    """A small tree reads more tokens than it proposes, and they need room as well."""
+    params = [SamplingParams(temperature=temperature, max_tokens=26, seed=i) for i in range(4)]
+    plain = [Engine(target).generate([p], s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
+    limit, records = target.cache.limit, []
+    drafter = TreeDrafter(SelfDrafter(target, num_layers=2, length=4), size=5, width=3)
+    engine = Engine(target, drafter, "fixed:9", num_slots=num_slots, observers=[records.append])
+    assert [g.token_ids for g in engine.generate(PROMPTS, params)] == plain
+    assert target.num_free_slots == num_slots and not sum(r.num_faults for r in records)
+    assert sum(sum(r.accepted) for r in records) > 10
+    assert (sum(r.num_preempted for r in records) > 0) == (num_slots == 60)
+    target.resize(limit)
 
 
 @pytest.mark.parametrize("scheduler", ["fixed:2", "threshold:0.3", "optimal", "lagged"])

@@ -16,11 +16,18 @@ from dspark.types import Draft, Request, Rule, Span
 
 @dataclass
 class Nodes:
-    """Draft tokens of B requests that a draft model has read, and each one's parent among them; -1 is the anchor."""
+    """What a model reads of B requests beyond the tokens that its cache holds of them: their draft, which grows.
+
+    starts   (B)  tokens in the cache
+    tokens   (B)  of one span, parents before children; `parents` are their places in it, -1 for the last cached token
+    num_own       how many of them are no draft tokens: 1 where the anchor is not in the cache either
+    """
 
     requests: Sequence[Request]
+    starts: list[int]
     tokens: list[list[int]]
     parents: list[list[int]]
+    num_own: int
 
 
 class DraftModelDrafter:
@@ -49,26 +56,12 @@ class DraftModelDrafter:
     def begin(self, requests: Sequence[Request]) -> tuple[Nodes, Tensor]:
         """Read what was committed since the last call; logits [B, V] of each request's first draft token."""
         logits = self.model.extend(self._unread(requests)).logits
-        return Nodes(requests, [[] for _ in requests], [[] for _ in requests]), logits
+        starts = [len(r.tokens) for r in requests]
+        return Nodes(requests, starts, [[] for _ in requests], [[] for _ in requests], num_own=0), logits
 
     def grow(self, growth: Nodes, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Read M more tokens per request: tokens, parents [B, M] -> logits [B, M, V] of what follows each.
-
-        The nodes before are read again: only within one span can a token leave out what is no ancestor of it.
-        """
-        spans = []
-        for b, (request, new) in enumerate(
-            zip(growth.requests, torch.stack([tokens, parents], 1).tolist(), strict=True)
-        ):
-            growth.tokens[b] += new[0]
-            growth.parents[b] += new[1]
-            spans.append(
-                Span(request.id, len(request.tokens), growth.tokens[b], growth.parents[b], num_logits=tokens.shape[1])
-            )
-        logits = self.model.extend(spans).logits
-        for request in growth.requests:
-            self.model.keep(request.id, len(request.tokens), [])
-        return logits.unflatten(0, tuple(tokens.shape))
+        """Read M more tokens per request: tokens, parents [B, M] (-1: the anchor) -> logits [B, M, V] of what follows."""
+        return _grow(self.model, growth, tokens, parents)
 
     def release(self, request_id: int) -> None:
         self.model.release(request_id)
@@ -96,6 +89,7 @@ class SelfDrafter:
     """
 
     feature_layers: tuple[int, ...] = ()
+    drafts_in_targets_slots = True
 
     def __init__(
         self, target: Target, num_layers: int | None = None, length: int = 4, view: View | None = None
@@ -108,11 +102,26 @@ class SelfDrafter:
         self.length = length
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
-        able = _within_context(self.model, requests, self.length)
+        able = self.able(requests)
         asked = [requests[b] for b in able]
-        spans = [Span(r.id, r.num_cached, r.pending, num_logits=1) for r in asked]
-        draft = _draw_chain(self.model, asked, rule, spans, [r.num_cached for r in asked], self.length)
+        draft = _draw_chain(self.model, asked, rule, self._anchors(asked), [r.num_cached for r in asked], self.length)
         return draft.among(able, len(requests))
+
+    def able(self, requests: Sequence[Request]) -> list[int]:
+        """Places of the requests whose whole draft has positions that the model knows."""
+        return _within_context(self.model, requests, self.length)
+
+    def begin(self, requests: Sequence[Request]) -> tuple[Nodes, Tensor]:
+        """Read the anchors; logits [B, V] of each request's first draft token. The cache is left as it was, here and in `grow`."""
+        logits = self.model.extend(self._anchors(requests)).logits
+        starts = [r.num_cached for r in requests]
+        for request in requests:
+            self.model.keep(request.id, request.num_cached, [])
+        return Nodes(requests, starts, [[*r.pending] for r in requests], [[-1] for _ in requests], num_own=1), logits
+
+    def grow(self, growth: Nodes, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Read M more tokens per request: tokens, parents [B, M] (-1: the anchor) -> logits [B, M, V] of what follows."""
+        return _grow(self.model, growth, tokens, parents)
 
     def release(self, request_id: int) -> None:
         pass  # the cache is the target's; the engine frees it
@@ -121,10 +130,27 @@ class SelfDrafter:
         """Compile the forwards of the first layers."""
         self.model.compile()
 
+    def _anchors(self, requests: Sequence[Request]) -> list[Span]:
+        return [Span(r.id, r.num_cached, r.pending, num_logits=1) for r in requests]
+
 
 def _within_context(model: Target, requests: Sequence[Request], length: int) -> list[int]:
     """Rows of the requests whose whole draft has positions that the model knows."""
     return [b for b, r in enumerate(requests) if len(r.tokens) + length <= model.max_length]
+
+
+def _grow(model: Target, growth: Nodes, tokens: Tensor, parents: Tensor) -> Tensor:
+    """The nodes before are read again: only within one span can a token leave out what is no ancestor of it."""
+    spans = []
+    for b, (new, above) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+        growth.tokens[b] += new
+        growth.parents[b] += [parent + growth.num_own for parent in above]
+        request_id, start = growth.requests[b].id, growth.starts[b]
+        spans.append(Span(request_id, start, growth.tokens[b], growth.parents[b], num_logits=len(new)))
+    logits = model.extend(spans).logits
+    for span in spans:
+        model.keep(span.request_id, span.start, [])
+    return logits.unflatten(0, tuple(tokens.shape))
 
 
 def _draw_chain(

@@ -39,8 +39,8 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
 
     `none`, `ngram`, `self`, `sparse`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id
     of a block drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options)
-    gives a Drafter. All but `none` take `length`, the most tokens of a draft; checkpoints also take `dtype`, `tree` (the
-    tokens of a tree) and `width` (its branches per node). An option that it does not take is refused with those it does.
+    gives a Drafter. All but `none` take `length`, the most tokens of a draft; models also take `tree` (the tokens of a tree)
+    and `width` (its branches per node), and checkpoints `dtype`. An option that it does not take is refused with those it does.
 
     Raises CheckpointError where it does not fit the target, and InvalidConfiguration for a name that means nothing.
     """
@@ -76,19 +76,33 @@ def _ngram(target: Target, length: int = 7, longest: int = 3, shortest: int = 1)
 
 
 def _self(
-    target: Target, num_layers: int | None = None, length: int = 4, window: int | None = None, sinks: int | None = None
+    target: Target,
+    num_layers: int | None = None,
+    length: int = 4,
+    window: int | None = None,
+    sinks: int | None = None,
+    tree: int | None = None,
+    width: int = 4,
 ) -> Drafter:
     if window is None and sinks is not None:
         raise InvalidConfiguration(f"sinks={sinks} are kept beside a window: give window as well, or leave sinks out")
     view = None if window is None else _view(window, 4 if sinks is None else sinks)
-    return SelfDrafter(target, num_layers, length, view)
+    drafter = SelfDrafter(target, num_layers, length, view)
+    return drafter if tree is None else TreeDrafter(drafter, tree, width)
 
 
 def _sparse(
-    target: Target, num_layers: int | None = None, length: int = 4, window: int = 512, sinks: int = 4
+    target: Target,
+    num_layers: int | None = None,
+    length: int = 4,
+    window: int = 512,
+    sinks: int = 4,
+    tree: int | None = None,
+    width: int = 4,
 ) -> Drafter:
     """All layers, over a view of the cache."""
-    return SelfDrafter(target, target.num_layers if num_layers is None else num_layers, length, _view(window, sinks))
+    num_layers = target.num_layers if num_layers is None else num_layers
+    return _self(target, num_layers, length, window, sinks, tree, width)
 
 
 def _view(window: int, sinks: int) -> View:

@@ -63,8 +63,9 @@ class Layer:
 class TreeDrafter:
     """Drafts `size` tokens as the likeliest tree that a grower knows.
 
-    size   draft tokens per step
-    width  nodes read per layer, and followers considered of each
+    size    draft tokens per step
+    width   nodes read per layer, and followers considered of each
+    length  `size`, or as many slots as drafting itself takes where they are the target's
 
     Tokens are picked, not drawn, so a confidence may depend on its own token: under the coupled rule it is the likelihood
     once the noise is known, under the rejection rule, which sees siblings as picked outright, the drafter's own.
@@ -78,7 +79,9 @@ class TreeDrafter:
             raise InvalidConfiguration(
                 f"a tree of width {width} and depth {grower.length} has 1 to {most} tokens; got size {size}"
             )
-        self.grower, self.length, self.width = grower, size, width
+        self.grower, self.size, self.width = grower, size, width
+        num_read = width * (grower.length - 1) if getattr(grower, "drafts_in_targets_slots", False) else 0
+        self.length = max(size, num_read)
         self.feature_layers = grower.feature_layers
 
     @torch.no_grad()
@@ -112,7 +115,7 @@ class TreeDrafter:
             )
             num_before += last.tokens.shape[1]
             num_read += self.width
-        return _likeliest(layers, self.length).among(able, len(requests))
+        return _likeliest(layers, self.size).among(able, len(requests))
 
     def release(self, request_id: int) -> None:
         self.grower.release(request_id)
