@@ -6,10 +6,12 @@ their input is cut: `Detokenizer` for tokens that hold part of a character, `Sto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
 
 from dspark.errors import InvalidRequest
 
@@ -130,7 +132,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._decode = _decoder(tokenizer)
         self._window = list(context[-8:])
         text = self._decode(self._window) if self._window else ""
         self._num_emitted = len(text)  # characters of decode(window) that have been handed out
@@ -175,10 +177,14 @@ class Detokenizer:
         self._restart, self._in_step = 0, max(0, self._in_step - start)
         self._num_emitted = len(self._decode(self._window)) - num_held
 
-    def _decode(self, token_ids: list[int]) -> str:
-        # cleaning up spaces looks ahead, so text already shown would change
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids to text, special tokens left out. Without cleaning up spaces: that looks ahead, and shown text would change."""
+    kind = type(tokenizer)
+    if kind.decode is PreTrainedTokenizerFast.decode and kind._decode is PreTrainedTokenizerFast._decode:
+        # What these two then do, and they take longer to find out that there is nothing else to do.
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class StopStrings:

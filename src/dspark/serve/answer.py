@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dspark.engine.marks import DraftMarks
+from dspark.serve.body import Body
 from dspark.serve.faults import ApiError
 from dspark.serve.replies import DONE, Head, TokenNames, event, speculation, usage
 from dspark.serve.run import Run, unless_gone
@@ -39,24 +40,26 @@ class Answer:
         """The one object that a request without streaming gets."""
         pieces: list[list[Piece]] = [[] for _ in self.run.requests]
         reasons: list[str | None] = [None] * len(pieces)
-        async for index, delta in self.run.deltas():
+
+        def take(index: int, delta: Delta) -> None:
             pieces[index] += self._pieces(index, delta)
             reasons[index] = self._reason(index, delta)
+
+        await self.run.hand_out(take)
         return self.head.whole([self._choice(i, pieces[i], reasons[i]) for i in range(len(pieces))], self.usage)
 
-    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
+    async def stream(self, options: StreamOptions, write: Callable[[bytes], Any]) -> None:
         """The same in pieces. An error after the first of them is an event, too."""
         self._usage_everywhere = options.include_usage and options.continuous_usage_stats
         if self.head.is_chat:
             for index in range(len(self.run.requests)):
-                yield self._event(index, {"role": "assistant", "content": ""})
+                write(self._event(index, {"role": "assistant", "content": ""}))
         try:
-            async for index, delta in self.run.deltas():
-                yield b"".join(self._delta_events(index, delta))
+            await self.run.hand_out(lambda index, delta: write(b"".join(self._delta_events(index, delta))))
             last = event({**self.head.chunk([]), "usage": self.usage}) if options.include_usage else b""
         except ApiError as error:
             last = event(error.body)
-        yield last + DONE
+        write(last + DONE)
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -148,10 +151,12 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._answer.events(self._options):
-            if data:  # a token may add no character
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        body = Body(send)
+        try:
+            await self._answer.stream(self._options, body.write)
+            await body.end()
+        finally:
+            body.close()
 
 
 async def whole_response(answer: Answer, receive: Receive, log: dict[str, Any]) -> Any:

@@ -173,10 +173,13 @@ class EngineProcess:
     def opened(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport
 
-    def hear_step(self, parts: Sequence[tuple[int, Delta, dict[str, Any] | None]]) -> None:
-        """What a step brought; facts come with a request's last delta."""
-        for number, delta, facts in parts:
+    def hear_step(self, parts: Sequence[tuple[Any, ...]]) -> None:
+        """What a step brought: of each request its number, facts with its last delta, and a delta's fields."""
+        from dspark.types import Delta
+
+        for number, facts, *fields in parts:
             request, sink, arrival = self._running[number]
+            delta = _with_text(request, Delta._make(fields))
             request.tokens += delta.token_ids
             request.is_drafted += delta.is_drafted
             request.logprobs += delta.logprobs
@@ -185,7 +188,7 @@ class EngineProcess:
                 vars(request).update(facts or {})
                 del self._running[number]
                 self._admission.end(arrival, time.monotonic())
-            sink(_with_text(request, delta))
+            sink(delta)
 
     def hear_shown(self, number: int, value: Any, error: str | None) -> None:
         future = self._asked.get(number)
@@ -203,7 +206,7 @@ class EngineProcess:
         self.has_failed = True
         self.process.join(1.0)  # it is ending, and then it can be said how
         log.error("the engine's process has ended (%s), and with it %d requests", self._exit, len(self._running))
-        self.hear_step([(number, ended("error"), None) for number in list(self._running)])
+        self.hear_step([(number, None, *ended("error")) for number in list(self._running)])
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(EngineLost(_LOST))
@@ -242,7 +245,7 @@ def _with_text(request: Request, delta: Delta) -> Delta:
     if request.text is None:
         return delta
     try:
-        return replace(delta, text=request.text.take(delta.token_ids, delta.finish_reason is not None))
+        return delta._replace(text=request.text.take(delta.token_ids, delta.finish_reason is not None))
     except Exception:  # of this request alone; its client hears of it, and then it is cancelled
         log.exception("request %d fails: its tokens could not be turned into text", request.id)
         return ended("error")

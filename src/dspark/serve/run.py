@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from dspark.serve.backend import Backend, Sink
+from dspark.serve.backend import Backend
 from dspark.serve.faults import ApiError
 from dspark.types import Delta, Request
 
 T = TypeVar("T")
-_Queue = asyncio.Queue[tuple[int, Delta | None]]  # None: time is up
+Take = Callable[[int, Delta], Any]
 
 
 class Run:
-    """Submits on construction; iterate to get (index, delta) until every request has ended.
+    """Submits on construction; `hand_out` then waits until every request has ended.
 
     Made and used on the event loop. `close` cancels what has not ended; it must be called whatever happens.
     """
@@ -27,29 +28,50 @@ class Run:
         self.requests, self._backend = list(requests), backend
         self.began, self._max_seconds = time.monotonic(), max_seconds
         self.first_delta: float | None = None
-        self._queue: _Queue = asyncio.Queue()
+        self._take: Take | None = None
+        self._early: list[tuple[int, Delta]] = []  # came before anybody took them
         self._open = len(self.requests)
-        backend.submit(self.requests, [self._sink(index) for index in range(self._open)])
-        self._timer = asyncio.get_running_loop().call_later(max_seconds, self._queue.put_nowait, (0, None))
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = loop.create_future()
+        backend.submit(self.requests, [partial(self._hear, index) for index in range(self._open)])
+        self._timer = loop.call_later(max_seconds, self._time_is_up)
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Raises ApiError where the engine failed, the server ends, or time is up."""
-        while self._open:
-            index, delta = await self._queue.get()
-            if delta is None:
-                message = f"the request took longer than {self._max_seconds:g} seconds and was cancelled"
-                raise ApiError(503, message, code="request_timeout")
-            self.first_delta = self.first_delta or time.monotonic()
-            if delta.finish_reason is not None:
-                self._open -= 1
+    async def hand_out(self, take: Take) -> None:
+        """Have `take(index, delta)` called at once for whatever comes: a step's events are all out after one wake-up.
+
+        Raises ApiError where the engine failed, the server ends, or time is up, and what `take` raises. It is not called
+        again then, nor once this is cancelled.
+        """
+        self._take = take
+        for index, delta in self._early:
+            self._hear(index, delta)
+        await self._ended
+
+    def _hear(self, index: int, delta: Delta) -> None:
+        if self._take is None:
+            self._early.append((index, delta))
+            return
+        if self._ended.done():
+            return
+        self.first_delta = self.first_delta or time.monotonic()
+        try:
             if delta.finish_reason == "error":
                 raise ApiError(500, "the engine failed on this request; the server's log says why", code="engine_error")
             if delta.finish_reason == "cancelled":
                 raise ApiError(503, "the server is shutting down and cancelled this request", code="shutting_down")
-            yield index, delta
+            self._take(index, delta)
+        except Exception as error:  # noqa: BLE001  # of this request alone: `hand_out` raises it, and others go on
+            self._ended.set_exception(error)
+            return
+        if delta.finish_reason is not None:
+            self._open -= 1
+            if not self._open:
+                self._ended.set_result(None)
 
-    def _sink(self, index: int) -> Sink:
-        return lambda delta: self._queue.put_nowait((index, delta))
+    def _time_is_up(self) -> None:
+        if not self._ended.done():
+            message = f"the request took longer than {self._max_seconds:g} seconds and was cancelled"
+            self._ended.set_exception(ApiError(503, message, code="request_timeout"))
 
     def close(self) -> None:
         self._timer.cancel()
