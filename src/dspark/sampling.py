@@ -24,7 +24,7 @@ def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[S
     logits [N, V], owners (N): the request of each row, previous (N): draft tokens between the request's last token and
     the row (only penalties and grammars ask). Returns scores [N, V] float32 and temperature [N, 1]: the law of a row is
     softmax(scores / temperature), at temperature 0 the argmax. Excluded tokens are -inf.
-    The order is transformers': bias and penalties, grammar, temperature, top-k, top-p, min-p.
+    The order is transformers': bias and penalties, grammar, early ends, temperature, top-k, top-p, min-p.
     """
     scores = logits.float()
     temperature = _column([r.params.temperature for r in owners], logits)
@@ -34,6 +34,8 @@ def shape_logits(logits: Tensor, owners: Sequence[Request], previous: Sequence[S
         scores = _penalise(scores.clone(), owners, previous)
     if any(r.matcher is not None for r in owners):
         scores = scores.masked_fill(~_grammatical(scores, owners, previous), float("-inf"))
+    if any(r.params.min_tokens for r in owners):
+        scores = _without_early_ends(scores, owners, previous)
     if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in owners):
         scores = _cut(scores, temperature, owners)
     return scores, temperature
@@ -168,6 +170,15 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
         if request.matcher is not None:
             mask[row] = request.matcher.allowed([*request.generated, *path])
     return together_on_device((mask,), scores.device)[0]
+
+
+def _without_early_ends(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+    """Ending tokens are excluded from rows that come before the request's min_tokens."""
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, (request, path) in enumerate(zip(owners, previous, strict=True)):
+        if len(request.tokens) - request.num_prompt_tokens + len(path) < request.params.min_tokens:
+            mask[row, list(request.ending_ids)] = True
+    return scores.masked_fill(together_on_device((mask,), scores.device)[0], float("-inf"))
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ SETTINGS = {
     "cuts": dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02),
     "penalties": dict(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     "bias": dict(temperature=1.0, logit_bias={3: 2.0, 5: -4.0}),
+    "late ends": dict(temperature=1.0, min_tokens=8, stop_token_ids=tuple(range(0, VOCAB_SIZE, 4))),
 }
 
 

@@ -48,7 +48,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, "messages"),
-        ({"min_tokens": 3}, "min_tokens"),
+        ({"max_tokens": 2, "min_tokens": 3}, "min_tokens"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"Model": 1}, "Model"),
         ({"best_of": 1}, "best_of"),

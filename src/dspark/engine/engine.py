@@ -24,6 +24,7 @@ from dspark.engine.measuring import Grid, measure
 from dspark.engine.neighbours import neighbours_over
 from dspark.engine.overlapped import Overlapped
 from dspark.engine.prefix_cache import PrefixCache
+from dspark.engine.scoring import Scoring
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, as_prompts
 from dspark.errors import InvalidConfiguration, InvalidRequest
@@ -112,6 +113,7 @@ class Engine:
         self.tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
+        self.scoring = Scoring(target, max_num_batched_tokens)
         self.neighbours = neighbours_over(target.cache)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
@@ -200,12 +202,13 @@ class Engine:
         if params.grammar is not None:
             request.matcher = params.grammar.matcher()
         if self.target.tokenizer is not None:
-            request.text = RunningText(self.target.tokenizer, params.stop)
+            request.text = RunningText(self.target.tokenizer, params.stop, params.min_tokens)
         return request
 
     def enqueue(self, request: Request) -> Request:
         """Let a prepared request wait for its turn."""
-        self.batcher.waiting.append(request)
+        queue = self.batcher.waiting if request.params.prompt_logprobs is None else self.scoring.waiting
+        queue.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -228,7 +231,7 @@ class Engine:
 
     def fail_running(self) -> list[Request]:
         """After `step` raised: end the requests that were in it with reason `error` and free all they hold."""
-        failed = list(self.batcher.running or self.batcher.waiting)  # nobody runs: it failed to let them in
+        failed = list(self.scoring.busy or self.batcher.running or self.batcher.waiting)  # the last: as it let them in
         for request in failed:
             self.ledger.finish(request, "error")
         return failed
@@ -242,6 +245,7 @@ class Engine:
             finish_reason=request.finish_reason or "unfinished",
             rounds=list(request.rounds),
             logprobs=None if request.params.logprobs is None else list(request.logprobs),
+            prompt_logprobs=None if request.params.prompt_logprobs is None else list(request.prompt_logprobs),
             is_drafted=list(request.is_drafted),
             seed=request.seed,
         )
@@ -249,7 +253,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would move any request on."""
-        return bool(self.batcher.waiting or self.batcher.running)
+        return bool(self.batcher.waiting or self.batcher.running or self.scoring.waiting)
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
@@ -266,12 +270,21 @@ class Engine:
                 self.set_aside()
                 self.ledger.is_torn = False
             try:
+                if self.scoring.waiting:
+                    self._score()
                 return self._step(self)
             except BaseException:
                 self.ledger.is_torn = True
                 raise
             finally:
                 self.neighbours.note_step(self)
+
+    def _score(self) -> None:
+        for request in self.scoring.step():
+            if request.params.max_tokens:
+                self.batcher.waiting.append(request)
+            else:
+                self.ledger.finish(request, "length")
 
 
 def _known_capacity(about: Fingerprint) -> Capacity:

@@ -59,8 +59,9 @@ def _deltas(engine: Engine, request: Request) -> Iterator[Delta]:
 class RunningText:
     """Text of one request. Tokens become text as they come only where a stop string or a stream needs it."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], num_unwatched: int = 0) -> None:
         self._tokenizer, self._stop = tokenizer, stop
+        self._num_unwatched = num_unwatched  # tokens in which no stop string is looked for
         self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(stop)
         self._untaken = self._whole = ""
 
@@ -68,7 +69,12 @@ class RunningText:
         """Add a token if stop strings are watched for; whether one is now complete."""
         if not self._stop:
             return False
-        self._add(self._stop_strings.push(self._detokenizer.push([token])))
+        piece = self._detokenizer.push([token])
+        if self._num_unwatched:
+            self._num_unwatched -= 1
+            self._add(piece)
+            return False
+        self._add(self._stop_strings.push(piece))
         return self._stop_strings.found is not None
 
     def take(self, tokens: list[int], is_last: bool) -> str:

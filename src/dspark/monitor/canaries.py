@@ -82,12 +82,12 @@ class Canaries:
 
     def request(self, record: RequestRecord) -> None:
         """Observer of finished requests: choose some."""
-        if record.finish_reason not in _REPLAYED or self._random.random() >= self.share:
+        if record.finish_reason not in _REPLAYED or not record.token_ids or self._random.random() >= self.share:
             return
         if len(self._replays) >= self.max_waiting:
             self.num_passed_over += 1
             return
-        params = replace(record.params, seed=record.seed, logprobs=0)
+        params = replace(record.params, seed=record.seed, logprobs=0, prompt_logprobs=None)
         try:
             self._replays.append((record, self.engine.submit(record.prompt_token_ids, params)))
         except DSparkError:  # longer than plain decoding can hold, say: no verdict, but counted

@@ -19,7 +19,10 @@ from dspark.types import Delta
 
 
 class Answer:
-    """n choices for each of one or more prompts, in the order of `run.requests`."""
+    """n choices for each of one or more prompts, in the order of `run.requests`.
+
+    echoed  what each choice's text begins with: its prompt; none where that is not wanted
+    """
 
     def __init__(
         self,
@@ -29,11 +32,13 @@ class Answer:
         voice: Callable[[], Voice],
         choices_per_prompt: int,
         marks: Callable[[], DraftMarks] | None = None,
+        echoed: Sequence[str] = (),
     ) -> None:
         self.head, self.run, self._names, self._choices_per_prompt = head, run, names, choices_per_prompt
         self._voices = [voice() for _ in run.requests]
         self._offsets = [0] * len(run.requests)
         self._marks = None if marks is None else [marks() for _ in run.requests]
+        self._echoed = echoed
         self._usage_everywhere = False
 
     async def whole(self) -> dict[str, Any]:
@@ -54,6 +59,8 @@ class Answer:
         if self.head.is_chat:
             for index in range(len(self.run.requests)):
                 write(self._event(index, {"role": "assistant", "content": ""}))
+        for index, text in enumerate(self._echoed):
+            write(self._event(index, {"content": text}))
         try:
             await self.run.hand_out(lambda index, delta: write(b"".join(self._delta_events(index, delta))))
             last = event({**self.head.chunk([]), "usage": self.usage}) if options.include_usage else b""
@@ -96,9 +103,13 @@ class Answer:
         request = self.run.requests[index]
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         message = merged(pieces)
-        choice |= {"message": message} if self.head.is_chat else {"text": message["content"] or ""}
+        echoed = self._echoed[index] if self._echoed else ""
+        choice |= {"message": message} if self.head.is_chat else {"text": echoed + (message["content"] or "")}
         if request.params.logprobs is not None:
-            choice["logprobs"] = self._logprobs(index, request.logprobs)
+            scored = self._names.prompt_logprobs(request) if self._echoed else None
+            self._offsets[index] = sum(map(len, scored["tokens"])) if scored else 0
+            own = self._logprobs(index, request.logprobs)
+            choice["logprobs"] = {name: scored[name] + own[name] for name in own} if scored else own
         if self._marks is not None:
             choice["dspark"] = speculation(request)
         return choice

@@ -133,7 +133,15 @@ class Desk:
             voice=lambda: voice_of(body),
             choices_per_prompt=body.n,
             marks=(lambda: DraftMarks(self.tokenizer)) if body.dspark else None,
+            echoed=self._echoed(body, requests),
         )
+
+    def _echoed(self, body: ChatRequest | CompletionRequest, requests: Sequence[Request]) -> list[str]:
+        """What the text of each choice begins with."""
+        if not isinstance(body, CompletionRequest) or not body.echo:
+            return []
+        prompts = [p if isinstance(p, str) else str(self.tokenizer.decode(p)) for p in body.prompts]
+        return [prompts[i // body.n] for i in range(len(requests))]
 
     def _prepare(self, body: ChatRequest | CompletionRequest) -> list[Request]:
         grammar = grammar_of(body, lambda: self._grammars, self.settings.max_grammar_bytes)

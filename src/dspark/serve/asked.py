@@ -37,8 +37,23 @@ def check_limits(body: ChatRequest | CompletionRequest, settings: ServeSettings)
             raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
         if len(body.tools or ()) > settings.max_tools:
             raise ApiError(400, f"tools: at most {settings.max_tools}; got {len(body.tools or ())}", "tools")
+    max_tokens = most_tokens(body)
+    if max_tokens is not None and body.min_tokens > max_tokens:
+        raise ApiError(400, f"min_tokens: at most max_tokens, which is {max_tokens}", "min_tokens")
+    if isinstance(body, CompletionRequest):
+        if max_tokens == 0 and not body.echo:
+            raise ApiError(400, "max_tokens: 0 needs echo to be true, else nothing is asked for", "max_tokens")
+        if body.echo and body.stream and body.logprobs is not None:
+            raise ApiError(400, "echo: with logprobs it needs stream to be false", "echo")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: needs stream to be true", "stream_options")
+
+
+def most_tokens(body: ChatRequest | CompletionRequest) -> int | None:
+    """How many may be written; None: as far as the context reaches."""
+    if isinstance(body, ChatRequest):
+        return body.max_completion_tokens or body.max_tokens
+    return 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
 
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:
@@ -94,10 +109,9 @@ def grammar_of(
     schema = functions if functions is not None else _response_schema(body.response_format)
     if schema is None:
         return None
-    if body.ignore_eos:
-        raise ApiError(
-            400, f"ignore_eos: {kind} says where the output ends, so the two exclude each other", "ignore_eos"
-        )
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(body, name):
+            raise ApiError(400, f"{name}: {kind} says where the output ends, so the two exclude each other", name)
     size = len(json.dumps(schema))
     if size > max_bytes:
         raise ApiError(400, f"{kind}: the schema has {size} bytes; at most {max_bytes} are taken", kind)
@@ -150,12 +164,16 @@ def params_of(
     body: ChatRequest | CompletionRequest, max_length: int, grammar: Grammar | None, seed: int | None = None
 ) -> list[SamplingParams]:
     """One for each of the n choices. The first has the seed as given, so n = 1 says the same as the first of several."""
+    max_tokens, scored = most_tokens(body), None
+    if max_tokens is None:
+        max_tokens = max(max_length, body.min_tokens)
     if isinstance(body, ChatRequest):
-        max_tokens = body.max_completion_tokens or body.max_tokens or max_length  # as far as the context reaches
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     else:
-        max_tokens, logprobs = body.max_tokens or 16, body.logprobs  # OpenAI's default
-    params = body.params(max_tokens, logprobs)
+        logprobs = body.logprobs
+        if body.echo and (logprobs is not None or max_tokens == 0):
+            scored = logprobs or 0
+    params = body.params(max_tokens, logprobs, scored)
     params = replace(params, grammar=grammar, seed=seed if params.seed is None else params.seed)
     if params.seed is None:
         return [params] * body.n

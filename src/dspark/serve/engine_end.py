@@ -153,9 +153,11 @@ class EngineEnd:
         return Grammars(intake.tokenizer, intake.vocab_size, intake.end_token_ids)
 
     def _hold(self, number: int, request: Request, delta: Delta) -> None:
-        facts = None
+        facts: dict[str, Any] | None = None
         if delta.finish_reason is not None:
             facts = {"rounds": request.rounds, "num_prompt_found": request.num_prompt_found}
+            if request.prompt_logprobs:
+                facts["prompt_logprobs"] = request.prompt_logprobs
             del self._taking[number]
         self._held.append((number, facts, *delta))  # plain tuples are pickled in a quarter of the time
 

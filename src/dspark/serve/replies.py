@@ -113,6 +113,13 @@ class TokenNames:
         ]
         return {"content": content, "refusal": None}
 
+    def prompt_logprobs(self, request: Request) -> dict[str, Any]:
+        """Of an echoed prompt, in the shape of `text_logprobs`; nothing comes before its first token, so that has none."""
+        first = self.text(request.tokens[0])
+        others, _ = self.text_logprobs(request.prompt_logprobs, len(first))
+        alone = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {name: [alone[name], *values] for name, values in others.items()}
+
     def text_logprobs(self, entries: Sequence[TokenLogprobs], offset: int) -> tuple[dict[str, Any], int]:
         """The older shape of /v1/completions, and the text offset after these tokens."""
         tokens, offsets = [self.text(e.token_id) for e in entries], []

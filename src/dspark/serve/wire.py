@@ -121,6 +121,7 @@ class _Generate(_Body):
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6)
     ignore_eos: bool = False
     stop_token_ids: list[_TokenId] | None = None
+    min_tokens: int = Field(0, ge=0, le=2**31, description="nothing ends the text before so many")
     traffic_class: str | None = Field(None, max_length=64, description="kind of traffic, for beliefs of its own")
     dspark: bool = Field(False, description="report what speculation did, under the key `dspark`")
     # accepted and without any effect
@@ -129,7 +130,6 @@ class _Generate(_Body):
     store: bool | None = None
     service_tier: str | None = None
     # accepted only where they ask for nothing
-    min_tokens: Literal[0] | None = None
     skip_special_tokens: Literal[True] | None = None
     use_beam_search: Literal[False] | None = None
 
@@ -137,7 +137,7 @@ class _Generate(_Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def params(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """The sampling parameters asked for; what was left out keeps its default."""
         given = {
             "temperature": self.temperature,
@@ -155,7 +155,9 @@ class _Generate(_Body):
         }
         return SamplingParams(
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             ignore_eos=self.ignore_eos,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
@@ -185,10 +187,11 @@ class CompletionRequest(_Generate):
     """POST /v1/completions"""
 
     prompt: _Text | list[_Text] | list[_TokenId] | list[list[_TokenId]]
+    max_tokens: int | None = Field(None, ge=0, le=2**31, description="0 only with echo: the prompt is all there is")
     logprobs: int | None = Field(None, ge=0)
+    echo: bool = Field(False, description="begin with the prompt, and with logprobs say those of its tokens, too")
     response_format: ResponseFormat | None = None
     # accepted only where they ask for nothing
-    echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 

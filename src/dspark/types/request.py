@@ -59,9 +59,11 @@ class Request:
     num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves
     rounds: list[Round] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on, where asked for
     is_drafted: list[bool] = field(default_factory=list)  # per generated token: an accepted draft token?
     finish_reason: str | None = None
     text: Any = field(default=None, repr=False)  # the engine's running translation into text
+    ending_ids: tuple[int, ...] = ()  # tokens that end it, and are excluded before params.min_tokens
     matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
     has_begun: bool = False  # was looked up in a prefix cache
     num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
@@ -90,6 +92,7 @@ class Generation:
     finish_reason    `stop` (an end token or a stop string), `length`, `cancelled`, `error`, or `unfinished` so far
     rounds           a Round per target pass after the prompt
     logprobs         per token, if SamplingParams asked for them
+    prompt_logprobs  per prompt token from the second on, if SamplingParams asked for them
     is_drafted       per token: was it an accepted draft token?
     seed             what to give as SamplingParams(seed=...) to get the same text again
     """
@@ -100,6 +103,7 @@ class Generation:
     finish_reason: str
     rounds: list[Round] = field(repr=False)
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
     is_drafted: list[bool] = field(default_factory=list, repr=False)
     seed: int = 0
 

@@ -51,13 +51,15 @@ class SamplingParams:
     presence_penalty     subtracted from the logit of every token already in the output
     frequency_penalty    subtracted once per occurrence in the output
     logit_bias           {token id: added to its logit}
-    max_tokens           tokens to generate at most, the prompt not counted
+    max_tokens           tokens to generate at most, the prompt not counted; 0 only with prompt_logprobs
+    min_tokens           no end token, stop token or stop string ends the text before so many
     stop                 strings that end the text; they are not part of it
     stop_token_ids       token ids that end it, besides the target's own end tokens
     ignore_eos           go on past the target's own end tokens
     seed                 same seed, same text, with and without speculation; None draws one
     traffic_class        name of the kind of traffic it belongs to, for beliefs of its own; None shares everyone's
     logprobs             report the target's log-probabilities of the chosen and the n likeliest tokens; None reports none
+    prompt_logprobs      the same of the prompt's tokens but the first, in place of a look into the prefix cache
     grammar              tokens that it excludes are never drawn; None excludes none
 
     Raises InvalidRequest, a ValueError, for a value that cannot be meant.
@@ -72,11 +74,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int = 256
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     traffic_class: str | None = None
 
@@ -85,9 +89,9 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._require(name, _is_number(getattr(self, name)), "a number")
-        for name in ("top_k", "max_tokens"):
+        for name in ("top_k", "max_tokens", "min_tokens"):
             self._require(name, _is_integer(getattr(self, name)), "an integer")
-        for name in ("seed", "logprobs"):
+        for name in ("seed", "logprobs", "prompt_logprobs"):
             self._require(name, getattr(self, name) is None or _is_integer(getattr(self, name)), "None or an integer")
         self._require("temperature", 0 <= self.temperature <= _LARGEST, f"0 to {_LARGEST:g}")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
@@ -97,8 +101,11 @@ class SamplingParams:
         self._require("repetition_penalty", is_factor, f"{1 / _LARGEST:g} to {_LARGEST:g}")
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(name, abs(getattr(self, name)) <= _LARGEST, f"{-_LARGEST:g} to {_LARGEST:g}")
-        self._require("max_tokens", self.max_tokens >= 1, "1 or more")
-        self._require("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more")
+        is_enough = self.max_tokens >= (1 if self.prompt_logprobs is None else 0)
+        self._require("max_tokens", is_enough, "1 or more (with prompt_logprobs 0 or more)")
+        self._require("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "None, 0 or more")
         is_by_token = isinstance(self.logit_bias, Mapping) and all(
             _is_integer(token) and _is_number(bias) and abs(bias) <= _LARGEST for token, bias in self.logit_bias.items()
         )
@@ -121,7 +128,7 @@ class SamplingParams:
     def reshapes(self) -> bool:
         """Whether the law is more than the logits at a temperature."""
         is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.grammar is not None
-        return bool(self.logit_bias) or self.penalises or is_cut
+        return bool(self.logit_bias) or self.penalises or is_cut or self.min_tokens > 0
 
 
 def _is_number(value: object) -> bool:

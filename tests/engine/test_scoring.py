@@ -1,0 +1,112 @@
+"""Log-probabilities of prompts, whatever else the engine does, and ends that may not come before their time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dspark import Engine, SamplingParams, load_target
+from dspark.errors import InvalidRequest
+from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_logits
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+SCORED = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return random_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(0)
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in (1, 2, 7, 20, 8, 3, 41)]
+
+
+@pytest.mark.parametrize("chunk", [8, 512])
+@pytest.mark.parametrize("prefix_tokens", [0, 512])
+def test_scores_are_those_of_one_forward(target, prompts, chunk, prefix_tokens):
+    engine = Engine(target, max_num_batched_tokens=chunk, prefix_tokens=prefix_tokens, max_num_seqs=3)
+    alone = engine.generate(prompts, GREEDY)  # with a prefix cache, all of them are known afterwards
+    scored = engine.generate(prompts, SCORED)
+    for prompt, before, after in zip(prompts, alone, scored, strict=True):
+        assert after.token_ids == before.token_ids
+        assert before.prompt_logprobs is None
+        expected = torch.log_softmax(reference_logits(target, prompt), -1)
+        assert [p.token_id for p in after.prompt_logprobs] == prompt[1:]
+        for row, entry in zip(expected, after.prompt_logprobs, strict=False):
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+            assert [t for t, _ in entry.top] == row.topk(2).indices.tolist()
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_a_prompt_can_be_all_that_is_asked_about(target, prompts):
+    engine = Engine(target)
+    asked = [SamplingParams(max_tokens=0, prompt_logprobs=0), GREEDY]
+    scored, other = engine.generate(prompts[2:4], asked)
+    assert (scored.token_ids, scored.finish_reason, len(scored.prompt_logprobs)) == ([], "length", 6)
+    assert other.token_ids == engine.generate(prompts[3], GREEDY)[0].token_ids
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+
+
+def test_who_waits_to_be_scored_can_leave_and_a_failure_is_his_alone(target, prompts, monkeypatch):
+    engine = Engine(target)
+    gone, stays = (engine.submit(prompt, SCORED) for prompt in prompts[2:4])
+    engine.cancel(gone)
+    while engine.has_work:
+        engine.step()
+    assert (gone.finish_reason, gone.prompt_logprobs, stays.finish_reason) == ("cancelled", [], "length")
+    running = engine.submit(prompts[4], GREEDY)
+    engine.step()
+    failing, extend = engine.submit(prompts[2], SCORED), target.extend
+    monkeypatch.setattr(target, "extend", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert engine.fail_running() == [failing]
+    monkeypatch.setattr(target, "extend", extend)
+    while engine.has_work:
+        engine.step()
+    assert running.generated == engine.generate(prompts[4], GREEDY)[0].token_ids
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_scoring_waits_for_slots(target, prompts):
+    engine = Engine(target, num_slots=60)
+    try:
+        running = engine.submit(prompts[3], SamplingParams(temperature=0, max_tokens=30))
+        engine.step()
+        scored = engine.submit(prompts[6], SamplingParams(max_tokens=0, prompt_logprobs=0))
+        engine.step()
+        assert scored.finish_reason is None
+        while engine.has_work:
+            engine.step()
+        assert (running.finish_reason, scored.finish_reason) == ("length", "length")
+    finally:
+        target.resize(65536)
+
+
+def test_nothing_ends_a_text_before_min_tokens(target, prompts):
+    ends = tuple(range(0, VOCAB_SIZE, 3))
+    for seed, prompt in enumerate(prompts):
+        params = SamplingParams(seed=seed, min_tokens=9, max_tokens=30, stop_token_ids=ends)
+        (plain,) = Engine(target).generate(prompt, params)
+        assert len(plain.token_ids) > 9 and not set(plain.token_ids[:9]) & set(ends)
+        drafter = OracleDrafter([prompt + plain.token_ids], error=0.2)
+        assert Engine(target, drafter, "fixed:5").generate(prompt, params)[0].token_ids == plain.token_ids
+    free = SamplingParams(seed=0, max_tokens=30, stop_token_ids=ends)
+    assert min(len(Engine(target).generate(p, free)[0].token_ids) for p in prompts) < 9  # it would have ended
+
+
+def test_stop_strings_wait_for_min_tokens_too():
+    engine = Engine(load_target("tiny", dtype="float32", device="cpu"))
+    ask = dict(temperature=0, max_tokens=24, ignore_eos=True)
+    (free,) = engine.generate("What is a river?", SamplingParams(**ask))
+    stop = free.text.split()[1]
+    (stopped,) = engine.generate("What is a river?", SamplingParams(**ask, stop=(stop,)))
+    (late,) = engine.generate("What is a river?", SamplingParams(**ask, stop=(stop,), min_tokens=16))
+    assert stopped.finish_reason == "stop" and len(stopped.token_ids) < 16
+    assert len(late.token_ids) > 16 and late.text.startswith(free.text[: len(stopped.text) + len(stop)])
