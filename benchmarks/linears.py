@@ -38,10 +38,10 @@ def compare(width: int, inner: int, rows: int, num_layers: int, turns: int) -> t
     x = torch.randn(rows, inner).bfloat16()
     weights = [torch.randn(width, inner).bfloat16() / inner**0.5 for _ in range(num_layers)]
     reordered = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
-    packed = [torch.ops.dspark.pack_linear(w) for w in weights]
+    packed = [torch.ops.dspark.pack_linear(w, None) for w in weights]
 
     def ours(layer: int) -> Tensor:
-        return torch.ops.dspark.small_linear(x, weights[layer], packed[layer], None)
+        return torch.ops.dspark.small_linear(x, packed[layer], width)
 
     def library(layer: int) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, reordered[layer], None, "none", [], "")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from dspark.target import native
-from dspark.target.linears import PackedLinear, with_packed_linears
+from dspark.target.direct import Direct
+from dspark.target.linears import PackedLinear, Product, with_packed_linears
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +30,7 @@ def linear(width: int, inner: int, bias: bool = False) -> nn.Linear:
 )
 def test_it_is_the_product_whatever_the_sizes(width, inner, bias):
     layer = linear(width, inner, bias)
-    for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 40):
+    for num_rows in (*range(1, 16), 25, 40):
         x = torch.randn(num_rows, inner).bfloat16()
         y = PackedLinear.of(layer)(x)
         exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
@@ -43,6 +47,55 @@ def test_every_row_has_the_same_bits_alone_and_in_company():
         for j in range(7):
             assert torch.equal(layer(x[i, j]), y[i, j])
     assert torch.equal(layer(x.transpose(0, 1)), y.transpose(0, 1))  # as it lies in memory does not matter
+
+
+def test_joined_layers_give_what_they_gave_side_by_side():
+    layers = [PackedLinear.of(linear(width, 34, bias)) for width, bias in ((70, False), (1, True), (96, True))]
+    joined = Product.joined([layer.number for layer in layers])
+    again = Product.joined([joined.number, layers[0].number])
+    for num_rows in (1, 7, 16):
+        x = torch.randn(num_rows, 34).bfloat16()
+        apart = torch.cat([layer(x) for layer in layers], -1)
+        assert torch.equal(torch.ops.dspark.small_linear(x, joined.number, 167), apart)
+        assert torch.equal(torch.ops.dspark.small_linear(x, again.number, 237), torch.cat([apart, apart[:, :70]], -1))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
+def test_a_graph_joins_layers_of_one_input_and_no_others():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = linear(70, 34), linear(71, 34, bias=True), linear(34, 70)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.sigmoid(self.gate(x)) * self.up(x)[..., :-1])
+
+    model = with_packed_linears(Gated())
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (model(x),)
+
+    graph = Direct(step, "gated")
+    with torch.no_grad():
+        for size in (7, 3):
+            x = torch.randn(1, size, 34).bfloat16()
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+            torch.testing.assert_close(graph(x=x)[0], model(x), rtol=2**-7, atol=2**-7)
+    assert graph.is_direct and len(graph._products) == 1
+
+
+def test_weights_go_with_who_needs_them():
+    layer, other = PackedLinear.of(linear(8, 16)), PackedLinear.of(linear(8, 16))
+    number, joined = layer.number, Product.joined([layer.number, other.number])
+    x = torch.randn(1, 16).bfloat16()
+    before = torch.ops.dspark.small_linear(x, joined.number, 16)
+    clone = copy.copy(layer)
+    del layer
+    assert torch.equal(clone(x), before[:, :8])
+    del clone
+    with pytest.raises(RuntimeError, match=f"no packed linear layer has the number {number}"):
+        torch.ops.dspark.small_linear(x, number, 8)
+    assert torch.equal(torch.ops.dspark.small_linear(x, joined.number, 16), before)
 
 
 def test_a_model_shares_all_but_what_is_packed():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
-import numpy as np
 import torch
 
 from dspark.budget.guard import Guard
@@ -163,23 +164,25 @@ def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
     for name, values in (("tokens", tokens), ("sizes", sizes), ("parents", draft.parents)):
         if values is not None and (values.is_floating_point() or values.is_complex()):
             return f"{name} of {values.dtype}"
-    ids, lengths = tokens.numpy(), sizes.numpy()  # on the host already, where numpy is the quicker
-    if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
-        return f"sizes {sizes.tolist()} for drafts of {tokens.shape[1]} tokens"
-    is_real = np.arange(tokens.shape[1]) < lengths[:, None]
-    if (((ids < 0) | (ids >= vocab_size)) & is_real).any():
+    width, lengths = tokens.shape[1], sizes.tolist()  # a few numbers: one by one is sooner than arrays would be
+    if min(lengths) < 0 or max(lengths) > width:
+        return f"sizes {lengths} for drafts of {width} tokens"
+
+    def real(values: torch.Tensor) -> Iterator[tuple[int, float]]:
+        """The numbers that are no padding, with their places in their rows."""
+        return chain.from_iterable(enumerate(row[:n]) for row, n in zip(values.tolist(), lengths, strict=True))
+
+    if not all(0 <= token < vocab_size for _, token in real(tokens)):
         return f"token ids outside 0 .. {vocab_size - 1}"
-    if draft.parents is not None:
-        parents = draft.parents.numpy()
-        if (((parents >= np.arange(tokens.shape[1])) | (parents < -1)) & is_real).any():
-            return "a draft token that does not come after its parent"
-    if draft.confidence is not None and (np.isnan(draft.confidence.numpy()) & is_real).any():
+    if draft.parents is not None and not all(-1 <= parent < k for k, parent in real(draft.parents)):
+        return "a draft token that does not come after its parent"
+    if draft.confidence is not None and any(math.isnan(value) for _, value in real(draft.confidence)):
         return "confidences that are no numbers"
     if draft.probs is not None:
         if draft.probs.shape != (*tokens.shape, vocab_size):
             return f"probs {list(draft.probs.shape)} beside tokens {list(tokens.shape)} and {vocab_size} token ids"
         (rows,) = together_on_device((tokens.long().clamp(0, vocab_size - 1),), draft.probs.device)
-        drawn = draft.probs.gather(2, rows[..., None])[..., 0].cpu().numpy()
-        if (~(drawn > 0) & is_real).any():
+        drawn = draft.probs.gather(2, rows[..., None])[..., 0]
+        if not all(p > 0 for _, p in real(drawn)):
             return "a draft token that its own law excludes"
     return None

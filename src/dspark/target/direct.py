@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from dspark.target.linears import Product, join_linears
+
 _log = logging.getLogger(__name__)
 
 Outputs = tuple[Any, ...]  # tensors, then Nones
@@ -23,6 +25,8 @@ class Direct:
     graph takes them. The function gives a tuple of tensors, Nones last, and may only write what a second call with the
     same arguments writes again: the first call runs both ways, and whenever they differ, or the compiler does not say
     where its inputs come from, every call goes the usual way.
+
+    Packed layers that read the same are joined.
     """
 
     def __init__(self, function: Callable[..., Outputs], name: str) -> None:
@@ -30,10 +34,11 @@ class Direct:
         code = function.__code__.replace(co_name=name)
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
         self._compiled = torch.compile(own, fullgraph=True, backend=self._build, options=few_guards())
-        self._graph: Callable[..., Any] = function
+        self._graph: Callable[[list[Any]], Sequence[Any]] | None = None
         self._arguments = tuple(f"L['{argument}']" for argument in inspect.signature(function).parameters)
         self._read: Callable[[Mapping[str, Any]], list[Any]] | None = None
         self._num_missing = 0
+        self._products: list[Product] = []
         self.is_direct = False
 
     def __call__(self, **arguments: Any) -> Outputs:
@@ -47,14 +52,24 @@ class Direct:
         return outputs
 
     def _call(self, arguments: Mapping[str, Any]) -> Outputs:
-        assert self._read is not None
-        return (*self._graph(*self._read(arguments)), *(None,) * self._num_missing)
+        assert self._read is not None and self._graph is not None
+        return (*self._graph(self._read(arguments)), *(None,) * self._num_missing)
 
     def _build(self, graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
         """What torch.compile calls: inductor, and a note of where the graph's inputs come from."""
-        from torch._inductor.compile_fx import compile_fx  # takes a second, which only who compiles should wait for
+        from torch._inductor import compile_fx  # takes a second, which only who compiles should wait for
 
-        self._graph = cast(Callable[..., Any], compile_fx(graph, examples))
+        def compile_inner(*inner: Any, **settings: Any) -> Any:
+            """What there is between this and the whole is for gradients and for inputs that are weights."""
+            core = compile_fx.compile_fx_inner(*inner, **settings)
+            if len(inner[1]) == len(examples):
+                self._graph = core
+            return core
+
+        self._products, self._graph = join_linears(graph.graph), None
+        graph.recompile()
+        whole = cast(Callable[..., Any], compile_fx.compile_fx(graph, examples, inner_compile=compile_inner))
+        self._graph = self._graph or (lambda inputs: whole(*inputs))
         try:
             places = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]
             names = [place if isinstance(place, str) else place() for place in places]  # a method in some versions
@@ -65,7 +80,7 @@ class Direct:
         except (AttributeError, KeyError, SyntaxError) as error:
             self._read = None
             _log.info("compiled steps are called the usual way: %r", error)
-        return self._graph
+        return whole
 
 
 def few_guards() -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import cast
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +14,44 @@ from torch import Tensor, nn
 from dspark.target import native
 
 
+class Product:
+    """Weights that the kernel knows by a number, for as long as this object is there."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        finalize(self, torch.ops.dspark.free_linear, number)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Product:
+        """A layer's weights, packed: later changes are not seen."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(torch.ops.dspark.pack_linear(linear.weight.detach(), bias))
+
+    @classmethod
+    def joined(cls, numbers: Sequence[int]) -> Product:
+        """Outputs of several, side by side. It shares their weights."""
+        return cls(torch.ops.dspark.join_linears(numbers))
+
+
 class PackedLinear(nn.Linear):
     """A bfloat16 linear layer on CPU that costs a fraction where rows are few, and gives each row the same bits whatever
     others there are (up to 16 rows on processors with matrix units, which take what is larger).
-
-    Its weights are packed when it is made: later changes are not seen.
     """
 
-    packed: Tensor
+    product: Product
+    number: int
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
         """The same layer with its weight packed for the kernel."""
-        clone = copy.copy(linear)
+        clone = cast(PackedLinear, copy.copy(linear))
         clone.__class__ = cls
-        clone._buffers = {"packed": torch.ops.dspark.pack_linear(linear.weight.detach())}
-        return clone  # type: ignore[return-value]
+        clone.product = Product.of(linear)
+        clone.number = clone.product.number
+        return clone
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.dspark.small_linear(x, self.weight, self.packed, self.bias)
+        y: Tensor = torch.ops.dspark.small_linear(x, self.number, self.out_features)
         return y
 
 
@@ -43,6 +66,33 @@ def with_packed_linears(module: nn.Module) -> nn.Module:
         name: None if child is None else with_packed_linears(child) for name, child in module._modules.items()
     }
     return clone
+
+
+def join_linears(graph: torch.fx.Graph) -> list[Product]:
+    """Have packed layers that read the same tensor run as one call, such as queries, keys and values.
+
+    Every output is the sum that it was. Returns what has to live as long as the graph.
+    """
+    kernel, products = native.small_linear, list[Product]()
+    if kernel is None:
+        return products
+    readers: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target in (kernel, kernel.default):
+            readers[node.args[0]].append(node)
+    for x, nodes in readers.items():
+        if len(nodes) < 2:
+            continue
+        numbers, widths = zip(*(node.args[1:] for node in nodes), strict=True)
+        products.append(Product.joined(numbers))
+        with graph.inserting_before(nodes[0]):
+            whole = graph.call_function(kernel, (x, products[-1].number, sum(widths)))
+            for node, piece in zip(nodes, widths, strict=True):
+                start = sum(widths[: nodes.index(node)])
+                node.replace_all_uses_with(graph.call_function(torch.narrow, (whole, -1, start, piece)))
+        for node in nodes:
+            graph.erase_node(node)
+    return products
 
 
 def _can_pack(module: nn.Module) -> bool:

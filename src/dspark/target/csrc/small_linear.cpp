@@ -1,5 +1,6 @@
 // Linear layers over few rows in bfloat16, on CPUs with AVX-512 BF16. The library's own spend several times longer on
-// setting up each call than on a few rows of a small model.
+// setting up each call than on a few rows of a small model. Weights are packed once and then known by a number: every
+// tensor that a compiled graph takes costs something at each call, and a model has hundreds of them.
 //
 // Every output is one sum over k in one order, in float, rounded once: the same bits however many rows there are. Only
 // where matrix units (AMX) make many rows cheap, those are left to the library.
@@ -7,14 +8,19 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
+#include <vector>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -22,8 +28,9 @@
 namespace {
 
 constexpr int64_t kLanes = 16;  // outputs in one register
-constexpr int64_t kRows = 6;    // rows worked on together at most
-constexpr int64_t kGroup = 4;   // registers of outputs worked on together
+constexpr int64_t kGroup = 2;   // registers of outputs worked on together: few, so that many rows fit and weights are read once
+constexpr int64_t kRows = 12;   // rows worked on together at most
+constexpr int64_t kWide = kGroup * kLanes;
 constexpr int64_t kAhead = 32;  // registers of weights that are fetched ahead
 constexpr int64_t kMoment = 20000;  // nanoseconds of work worth another thread: waiting for each other takes several thousand
 #ifdef __AMX_BF16__
@@ -32,12 +39,41 @@ constexpr int64_t kFew = 16;
 constexpr int64_t kFew = std::numeric_limits<int64_t>::max();
 #endif
 
+// A layer: weight [N, K] and the same packed [N / 32 rounded up, K / 2, 32, 2], in the order in which it is read.
+struct Layer {
+  at::Tensor weight, packed, bias;  // bias [N] float, or undefined
+};
+
+// Layers that read the same x: their outputs lie side by side.
+struct Product {
+  std::vector<Layer> layers;
+  int64_t inner, width;
+};
+
+std::array<std::atomic<const Product*>, 1 << 16> products;
+
+int64_t number_of(std::unique_ptr<const Product> product) {
+  for (size_t i = 0; i < products.size(); ++i) {
+    const Product* none = nullptr;
+    if (!products[i].compare_exchange_strong(none, product.get())) continue;
+    product.release();
+    return static_cast<int64_t>(i);
+  }
+  TORCH_CHECK(false, "too many linear layers are packed");
+}
+
+const Product& product_of(int64_t number) {
+  const Product* product = number < 0 || number >= std::ssize(products) ? nullptr : products[number].load();
+  TORCH_CHECK(product, "no packed linear layer has the number ", number);
+  return *product;
+}
+
 struct Problem {
   const at::BFloat16* x;       // [M, K]
-  const at::BFloat16* packed;  // [N / 64, K / 2, 64, 2]
+  const at::BFloat16* packed;
   const float* bias;           // [N] or null
-  at::BFloat16* y;             // [M, N]
-  int64_t rows, inner, width;
+  at::BFloat16* y;             // [M, N], in rows of `stride`
+  int64_t rows, inner, width, stride;
 };
 
 inline __mmask16 lanes_of(const Problem& p, int64_t n) {
@@ -48,13 +84,13 @@ inline __mmask16 lanes_of(const Problem& p, int64_t n) {
 template <int R>
 inline void tile(const Problem& p, int64_t row, int64_t group) {
   __m512 sums[R][kGroup];
-  const int64_t first = group * kGroup * kLanes, pairs = p.inner / 2;
+  const int64_t first = group * kWide, pairs = p.inner / 2;
   for (int c = 0; c < kGroup; ++c) {
     const int64_t n = first + c * kLanes;
     const __m512 start = p.bias ? _mm512_maskz_loadu_ps(lanes_of(p, n), p.bias + n) : _mm512_setzero_ps();
     for (int r = 0; r < R; ++r) sums[r][c] = start;
   }
-  const at::BFloat16* w = p.packed + group * pairs * kGroup * kLanes * 2;
+  const at::BFloat16* w = p.packed + group * pairs * kWide * 2;
   const at::BFloat16* x = p.x + row * p.inner;
   for (int64_t k = 0; k < pairs; ++k) {
     __m512bh weights[kGroup];
@@ -73,32 +109,31 @@ inline void tile(const Problem& p, int64_t row, int64_t group) {
     const int64_t n = first + c * kLanes;
     for (int r = 0; r < R; ++r) {
       const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums[r][c]);
-      _mm256_mask_storeu_epi16(p.y + (row + r) * p.width + n, lanes_of(p, n), rounded);
+      _mm256_mask_storeu_epi16(p.y + (row + r) * p.stride + n, lanes_of(p, n), rounded);
     }
   }
 }
 
-void rows(const Problem& p, int64_t group) {
-  int64_t row = 0;
-  for (; row + kRows <= p.rows; row += kRows) tile<kRows>(p, row, group);
-  switch (p.rows - row) {
-    case 1: return tile<1>(p, row, group);
-    case 2: return tile<2>(p, row, group);
-    case 3: return tile<3>(p, row, group);
-    case 4: return tile<4>(p, row, group);
-    case 5: return tile<5>(p, row, group);
+template <int R>
+inline void some_rows(const Problem& p, int64_t row, int64_t group, int64_t count) {
+  if constexpr (R > 0) return count < R ? some_rows<R - 1>(p, row, group, count) : tile<R>(p, row, group);
+}
+
+void all_rows(const Problem& p, int64_t group) {
+  for (int64_t row = 0, passes = (p.rows + kRows - 1) / kRows; passes > 0; --passes) {
+    const int64_t count = (p.rows - row + passes - 1) / passes;  // 7 and 6 rather than 12 and 1
+    some_rows<kRows>(p, row, group, count);
+    row += count;
   }
 }
 
-// weight [N, K] bfloat16 -> [N / 64 rounded up, K / 2, 64, 2]: in the order in which it is read.
-at::Tensor pack_linear(const at::Tensor& weight) {
-  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0, "weight must be bfloat16 [N, even K]");
-  const at::Tensor from = weight.contiguous();
-  constexpr int64_t kWide = kGroup * kLanes;
-  const int64_t width = from.size(0), pairs = from.size(1) / 2;
-  at::Tensor packed = at::detail::empty_cpu({(width + kWide - 1) / kWide, pairs, kWide, 2}, from.scalar_type());
+int64_t num_groups(const Layer& layer) { return layer.packed.size(0); }
+
+at::Tensor pack(const at::Tensor& weight) {
+  const int64_t width = weight.size(0), pairs = weight.size(1) / 2;
+  at::Tensor packed = at::detail::empty_cpu({(width + kWide - 1) / kWide, pairs, kWide, 2}, weight.scalar_type());
   packed.zero_();
-  const auto* w = from.const_data_ptr<at::BFloat16>();
+  const auto* w = weight.const_data_ptr<at::BFloat16>();
   auto* to = packed.mutable_data_ptr<at::BFloat16>();
   for (int64_t n = 0; n < width; ++n)
     for (int64_t k = 0; k < pairs; ++k)
@@ -106,23 +141,70 @@ at::Tensor pack_linear(const at::Tensor& weight) {
   return packed;
 }
 
-// x [..., K], weight [N, K] and the same packed, bias [N] -> [..., N]
-at::Tensor small_linear(const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& packed, const std::optional<at::Tensor>& bias) {
-  const int64_t width = weight.size(0), inner = weight.size(1);
-  if (x_.numel() / inner > kFew) return at::linear(x_, weight, bias);
+// weight [N, K], bias [N] -> the number of the layer as a product of its own
+int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(weight_.scalar_type() == at::kBFloat16 && weight_.size(1) % 2 == 0, "weight must be bfloat16 [N, even K]");
+  const at::Tensor weight = weight_.contiguous();
+  Layer layer{weight, pack(weight), bias ? bias->to(at::kFloat).contiguous() : at::Tensor()};
+  return number_of(std::make_unique<const Product>(Product{{layer}, weight.size(1), weight.size(0)}));
+}
+
+// The number of the product that gives what these products give, side by side; nothing is copied.
+int64_t join_linears(at::IntArrayRef numbers) {
+  Product joined{{}, product_of(numbers.at(0)).inner, 0};
+  for (const int64_t number : numbers) {
+    const Product& own = product_of(number);
+    TORCH_CHECK(own.inner == joined.inner, "one input for all: ", own.inner, " and ", joined.inner);
+    joined.layers.insert(joined.layers.end(), own.layers.begin(), own.layers.end());
+    joined.width += own.width;
+  }
+  return number_of(std::make_unique<const Product>(std::move(joined)));
+}
+
+void free_linear(int64_t number) {
+  delete &product_of(number);
+  products[number].store(nullptr);
+}
+
+at::Tensor by_library(const at::Tensor& x, const Product& product) {
+  std::vector<at::Tensor> outputs;
+  for (const Layer& layer : product.layers) {
+    const std::optional<at::Tensor> bias = layer.bias.defined() ? std::optional(layer.bias.to(x.scalar_type())) : std::nullopt;
+    outputs.push_back(at::linear(x, layer.weight, bias));
+  }
+  return outputs.size() == 1 ? outputs[0] : at::cat(outputs, -1);
+}
+
+// x [..., K], a product's number and its width N -> [..., N]
+at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
+  const Product& product = product_of(number);
+  const int64_t inner = product.inner, num_rows = x_.numel() / inner;
+  TORCH_CHECK(x_.scalar_type() == at::kBFloat16 && x_.size(-1) == inner, "x must be bfloat16 [..., ", inner, "]");
+  TORCH_CHECK(width == product.width, "the product has ", product.width, " outputs, not ", width);
+  if (num_rows > kFew) return by_library(x_, product);
   const at::Tensor x = x_.contiguous();
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.size(-1) == inner, "x must be bfloat16 [..., ", inner, "]");
   auto shape = x.sizes().vec();
   shape.back() = width;
   at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());  // at::empty asks around first
-  const at::Tensor offsets = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  const Problem p{x.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(),
-                  bias ? offsets.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<at::BFloat16>(),
-                  x.numel() / inner, inner, width};
+  std::vector<Problem> problems;
+  std::vector<int64_t> ends;  // groups of outputs up to the end of each layer
+  int64_t offset = 0;
+  for (const Layer& layer : product.layers) {
+    const int64_t own = layer.weight.size(0);
+    problems.push_back({x.const_data_ptr<at::BFloat16>(), layer.packed.const_data_ptr<at::BFloat16>(),
+                        layer.bias.defined() ? layer.bias.const_data_ptr<float>() : nullptr,
+                        y.mutable_data_ptr<at::BFloat16>() + offset, num_rows, inner, own, width});
+    ends.push_back((ends.empty() ? 0 : ends.back()) + num_groups(layer));
+    offset += own;
+  }
   // About 90 multiplications a nanosecond, or 20 bytes of weights where rows are too few for that.
-  const int64_t nanoseconds = inner * kLanes * kGroup * std::max<int64_t>(9, p.rows) / 90 + 1;
-  at::parallel_for(0, packed.size(0), std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) rows(p, group);
+  const int64_t nanoseconds = inner * kWide * std::max<int64_t>(9, num_rows) / 90 + 1;
+  at::parallel_for(0, ends.back(), std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
+    size_t layer = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t group = begin; group < end; ++group) {
+      if (group == ends[layer]) ++layer;
+      all_rows(problems[layer], group - (layer ? ends[layer - 1] : 0));
+    }
   });
   return y;
 }
@@ -130,8 +212,10 @@ at::Tensor small_linear(const at::Tensor& x_, const at::Tensor& weight, const at
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
-  library.def("pack_linear(Tensor weight) -> Tensor");
-  library.def("small_linear(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor");
+  library.def("pack_linear(Tensor weight, Tensor? bias) -> int");
+  library.def("join_linears(int[] numbers) -> int", &join_linears);
+  library.def("free_linear(int number) -> ()", &free_linear);
+  library.def("small_linear(Tensor x, int number, int width) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
