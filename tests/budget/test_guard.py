@@ -255,7 +255,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("dspark.budget.guard._MOST_REQUESTS", 10)
     guard = Guard(Machine(0.1, 0.1), GuardSettings())
     for i in range(50):
-        guard._remember(i, np.ones(7))
+        guard._remember(i, i, None, np.ones(7))
     assert len(guard._by_request) == 10 and len(guard._lately) <= 64
 
 

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
+_TOGETHER = 4  # steps that are learned from at a time: between two the processor's caches forget how it is done
+_LITTLE = 64  # steps
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]
 
@@ -37,6 +39,7 @@ class Capacity:
     def __init__(self, fingerprint: Fingerprint | None = None) -> None:
         self.fingerprint = dict(fingerprint or {})
         self.decoding, self.reading, self.drafting = CostCurve(), CostCurve(), CostCurve()
+        self._waiting: list[StepRecord] = []
 
     @property
     def is_known(self) -> bool:
@@ -63,7 +66,18 @@ class Capacity:
         return self.drafting.seconds_of(requests, requests, context_tokens)
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step that has been timed."""
+        """Learn from a step that has been timed: at once while little is known, then from several together."""
+        self._waiting.append(record)
+        if len(self._waiting) >= _TOGETHER or self.decoding.num_observed < _LITTLE:
+            self.learn_waiting()
+
+    def learn_waiting(self) -> None:
+        """Take in the steps that have been collected."""
+        for record in self._waiting:
+            self._learn(record)
+        self._waiting.clear()
+
+    def _learn(self, record: StepRecord) -> None:
         load = record.load
         if load is None or not record.num_tokens:
             return
@@ -76,6 +90,7 @@ class Capacity:
 
     def save(self, path: Path) -> None:
         """Write a JSON file; whoever reads it at the same time sees the old one or the new one."""
+        self.learn_waiting()
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "format": _FORMAT,

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ class GuardSettings:
 
 
 _MOST_REQUESTS, _MOST_KINDS = 4096, 64
+_TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _OTHERS = 24  # requests drafted for last, by which others of their kind are judged
 _OTHERS_HALF_LIFE = 8.0  # requests
@@ -83,6 +85,15 @@ class _Fare:
         self.promise += (float(row.sum()) - self.promise) / min(self.num, _LONG_RUN)
 
 
+class _Seen(NamedTuple):
+    """A step to learn from, the requests that were drafted for, and their kinds."""
+
+    now: int
+    record: StepRecord
+    asked: frozenset[int]
+    kinds: dict[int, Hashable]
+
+
 class Guard:
     """Says which requests are drafted for: `choose` before drafting, `observe` after the step."""
 
@@ -93,6 +104,7 @@ class Guard:
         self._by_request: OrderedDict[int, _Fare] = OrderedDict()
         self._kinds: dict[int, Hashable] = {}
         self._asked: frozenset[int] = frozenset()  # drafted for in this step
+        self._waiting: list[_Seen] = []
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
         self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
@@ -128,6 +140,8 @@ class Guard:
         everyone, self.reason = list(range(len(request_ids))), None
         if not everyone or self._num_judged < self.settings.min_observations:
             return everyone
+        if len(self._waiting) >= _TOGETHER:
+            self._learn_waiting()
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
@@ -149,24 +163,32 @@ class Guard:
 
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
-        self.side_by_side.observe(record)
-        self.reading_up.observe(record, self.capacity)
-        asked, self._asked = self._asked, frozenset()
-        if not asked:
+        self._waiting.append(_Seen(self._now, record, self._asked, self._kinds))
+        self._num_judged += len(self._asked)
+        if not self._asked:
             self._last_plain = self._now
-            return
+        self._asked = frozenset()
+
+    def _learn_waiting(self) -> None:
+        for seen in self._waiting:
+            self.side_by_side.observe(seen.record)
+            self.reading_up.observe(seen.record, self.capacity)
+            if seen.asked:
+                self._learn(*seen)
+        self._waiting.clear()
+
+    def _learn(self, now: int, record: StepRecord, asked: frozenset[int], kinds: dict[int, Hashable]) -> None:
         nothing = np.zeros((len(record.request_ids), 1))
         survival = nothing if record.survival is None else record.survival.double().numpy()
         promised = nothing if record.kept is None else survival * record.kept.numpy()
         for b, request_id in enumerate(record.request_ids):
             if request_id not in asked:
                 continue
-            kind, has_found = self._kinds.get(request_id), record.drafted[b] > 0
+            kind, has_found = kinds.get(request_id), record.drafted[b] > 0
             _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
             if has_found:
-                self._remember(request_id, survival[b])
+                self._remember(now, request_id, kind, survival[b])
                 _count(self._trust, kind, record.accepted[b], float(promised[b].sum()), _TRUST_PRIOR)
-        self._num_judged += len(asked)
 
     def trust(self, kind: Hashable = None) -> float:
         """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
@@ -180,15 +202,15 @@ class Guard:
         shares = (self._found.get(self._kinds.get(i), (1.0, 1.0)) for i in request_ids)
         return sum(found / asked for found, asked in shares) / len(request_ids)
 
-    def _remember(self, request_id: int, row: Floats) -> None:
+    def _remember(self, now: int, request_id: int, kind: Hashable, row: Floats) -> None:
         if request_id not in self._by_request:
             rows: deque[tuple[int, Floats]] = deque(maxlen=self.settings.num_remembered)
-            self._by_request[request_id] = _Fare(rows, self._kinds.get(request_id))
-        self._by_request[request_id].add(self._now, row, self.settings.memory)
+            self._by_request[request_id] = _Fare(rows, kind)
+        self._by_request[request_id].add(now, row, self.settings.memory)
         self._by_request.move_to_end(request_id)
         if len(self._by_request) > _MOST_REQUESTS:
             self._by_request.popitem(last=False)
-        self._lately.append((self._now, row))
+        self._lately.append((now, row))
 
     def _needs_plain_step(self, load: Load) -> bool:
         """Two at a time: the first one after drafts finds nothing it needs in the processor's caches."""
@@ -215,6 +237,7 @@ class Guard:
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
+        self._learn_waiting()
         self._decided_at, self._share = self._now, self._share_found(request_ids)
         samples = self._samples(request_ids)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")

@@ -95,7 +95,6 @@ def note_verdict(
     record.parents = None if draft.parents is None else draft.parents[:n]
     record.kept, record.accepted_nodes = (x if len(x) == n else x[:n] for x in (keep, accepted))
     record.chances = None if verdict.chances is None else verdict.chances[:n]
-    record.rate, record.best_rate = rates(engine.capacity, record)
 
 
 def tell(engine: Engine, record: StepRecord) -> None:
@@ -106,6 +105,8 @@ def tell(engine: Engine, record: StepRecord) -> None:
     for learner in engine.learners:  # beliefs first: what they take is part of what the others are told of the step
         learner.observe(record)
         record.seconds["learn"] = time.perf_counter() - begin
+    if engine.observers:  # nobody else wants to know
+        record.rate, record.best_rate = rates(engine.capacity, record)
     for observe in engine.observers:
         observe(record)
 
