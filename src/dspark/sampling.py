@@ -169,6 +169,8 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
     for row, (request, path) in enumerate(zip(owners, previous, strict=True)):
         if request.matcher is not None:
             mask[row] = request.matcher.allowed([*request.generated, *path])
+            if not mask[row].any():  # a dead end: what is written ends here
+                mask[row, list(request.ending_ids)] = True
     return together_on_device((mask,), scores.device)[0]
 
 

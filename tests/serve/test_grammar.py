@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dspark import Engine, SamplingParams, load_drafter
+from dspark.engine.worker import Worker
 from dspark.serve.grammar import Grammars
 from dspark.types import Draft
 from engine.models import OracleDrafter
@@ -113,6 +114,35 @@ def chat(served, **body):
     return served.client.chat.completions.create(
         model="tiny", **{"messages": MESSAGES, "max_tokens": 120, "seed": 3, **body}
     )
+
+
+class DeadEnd:
+    """Two tokens of a kind, and then nothing at all."""
+
+    text = "dead end"
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def matcher(self):
+        return self
+
+    def allowed(self, tokens):
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask[300:310] = len(tokens) < 2
+        return mask
+
+
+@pytest.mark.parametrize("drafter", ["none", "dspark"])
+def test_a_grammar_that_allows_nothing_ends_the_text_with_a_word_of_it(target, drafter):
+    engine, deltas = Engine(target, load_drafter(drafter, target), "fixed:7"), []
+    worker = Worker(engine).start()
+    request = engine.prepare(PROMPT, params(DeadEnd(target.vocab_size), 0))
+    worker.submit([request], [deltas.append])
+    assert worker.drain(60)
+    assert request.finish_reason == "stop" and len(request.generated) == 3
+    assert all(300 <= token < 310 for token in request.generated[:2]) and request.generated[2] in target.end_token_ids
+    assert "no token" in deltas[-1].fault
 
 
 def test_response_formats(served):

@@ -16,7 +16,7 @@ class Admission:
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running, self.max_waiting = max_running, max_waiting
         self.num_open, self.is_closed = 0, False
-        self._finish_gap, self._last_finish = 0.0, 0.0  # smoothed seconds between two finished requests
+        self._seconds_each = 0.0  # smoothed: how long requests were here, shared among all who were
 
     def take(self, num_requests: int) -> None:
         """Let them in, all or none. Raises QueueFull and ShuttingDown."""
@@ -25,15 +25,19 @@ class Admission:
         if self.num_open + num_requests > self.max_running + self.max_waiting:
             raise QueueFull(
                 f"{self.num_open} requests are running or waiting, and {self.max_waiting} may wait: try again later",
-                retry_seconds=max(1, min(60, math.ceil(self._finish_gap * self.max_waiting / 2))),
+                retry_seconds=max(1, min(60, math.ceil(self._seconds_each * self.max_waiting / 2))),
             )
         self.num_open += num_requests
 
     def end(self, arrival: float, now: float) -> None:
-        """One of them has ended; it came at `arrival`."""
+        """One of them has ended; it came at `arrival`.
+
+        By Little's law one ends every (time spent here) / (number here) seconds, waits included and idle hours not, and
+        when half of those who wait have gone, there is room for whoever comes back.
+        """
+        each = (now - arrival) / max(self.num_open, self.max_running)
+        self._seconds_each += 0.1 * (each - self._seconds_each) if self._seconds_each else each
         self.num_open -= 1
-        gap, self._last_finish = now - (self._last_finish or arrival), now
-        self._finish_gap += 0.1 * (gap - self._finish_gap) if self._finish_gap else gap
 
     def close(self) -> None:
         """Take no more."""

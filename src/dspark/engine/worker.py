@@ -322,8 +322,18 @@ def _delta(request: Request, num_seen: int) -> Delta:
     tokens = request.tokens[request.num_prompt_tokens + num_seen :]
     text = "" if request.text is None else request.text.take(tokens, request.finish_reason is not None)
     logprobs = request.logprobs[num_seen:] if request.params.logprobs is not None else []
-    fault = getattr(request.matcher, "fault", None) if request.finish_reason is not None else None
+    fault = None if request.finish_reason is None else _fault(request)
     return Delta(text, tokens, request.is_drafted[num_seen:], request.finish_reason, logprobs, fault)
+
+
+def _fault(request: Request) -> str | None:
+    """Why the grammar of a request that has ended could not be followed to its end."""
+    if request.matcher is None or not request.generated:
+        return None
+    *before, last = request.generated
+    if request.finish_reason == "stop" and not request.matcher.allowed(before)[last]:
+        return "it allows no token of this model after what was written"
+    return getattr(request.matcher, "fault", None)
 
 
 def _nothing() -> None:
