@@ -199,7 +199,8 @@ class Benchmark:
 
     def overlap(self, deadline: float) -> None:
         loads, context = self.options.requests, self.options.contexts[0]
-        rows = gpu_overlap.loops(self.target, self.floor, loads, context, self.options.repeats, self.say)
+        drafter, repeats = self.ready.drafter.drafter, self.options.repeats
+        rows = gpu_overlap.loops(self.target, drafter, self.floor, loads, context, repeats, self.say)
         self._collect("overlap", rows, deadline)
 
     def rounds(self, deadline: float) -> None:

@@ -36,6 +36,7 @@ CASES: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any], Mapping[st
     ("plain, overlapped", "none", {}, {}, {"overlap": True}),
     ("plain, a repetition penalty and log-probabilities", "none", {}, PENALTY | {"logprobs": 2}, {}),
     ("DSpark", "dspark", {}, {}, {}),
+    ("DSpark, overlapped", "dspark", {}, {}, {"overlap": True}),
     ("DSpark with a repetition penalty", "dspark", {}, PENALTY, {}),
     ("DSpark's tree of 15", "dspark", {"tree": 15}, {}, {}),
     ("EAGLE-3", "eagle3", {}, {}, {}),
@@ -61,7 +62,9 @@ def count(engine: Engine, ledger: Ledger, params: Mapping[str, Any]) -> list[flo
         ledger.copies.clear()
         engine.step()
         num_bytes = sum(copy.num_bytes for copy in ledger.of("to host", "coming"))
-        steps.append([*(len(ledger.of(kind)) for kind in ("to host", "to device", "late")), num_bytes])
+        steps.append(
+            [*(len(ledger.of(*kinds)) for kinds in (("to host", "wait"), ("to device",), ("late",))), num_bytes]
+        )
     return [median(counts) for counts in zip(*steps, strict=True)]
 
 

@@ -1,9 +1,10 @@
-"""What it brings to launch a step before the last one is read: plain decoding by both loops, over the same prompts."""
+"""What it brings to wait for the device less: plain decoding and whole rounds by both loops, over the same prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 
 from benchmarks.floor import Floor, busy_share
@@ -11,22 +12,24 @@ from benchmarks.gpu_sections import PROMPT_TOKENS, Say, random_prompts
 from dspark import Engine, SamplingParams
 from dspark.budget.capacity import Capacity
 from dspark.target.target import Target
-from dspark.types import StepRecord
+from dspark.types import Drafter, StepRecord
 
 _BUSY_STEPS = 5
 
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Plain decoding at one load, by the plain loop and by the overlapped one. Seconds are medians of whole steps.
+    """Steps at one load, by the plain loop and by the overlapped one. Seconds are medians of whole steps.
 
-    host     of an overlapped step, the seconds that the host worked; the rest of it, it waited for the step before
+    policy   off, or the fixed length that is drafted and verified; random models accept next to nothing
+    host     of an overlapped step, the seconds that the host worked; the rest of it, it waited
     busy     the share of its time that the device computes; None where nothing tells
     is_same  whether both wrote the same tokens
     """
 
     requests: int
     context: int
+    policy: str
     plain: float
     overlapped: float
     host: float
@@ -44,35 +47,39 @@ class _Run:
 
 
 def loops(
-    target: Target, floor: Floor, loads: Sequence[int], context: int, repeats: int, say: Say
+    target: Target, drafter: Drafter, floor: Floor, loads: Sequence[int], context: int, repeats: int, say: Say
 ) -> Iterator[OverlapRow]:
-    """A row for each load; the loops take turns."""
-    for requests in loads:
-        say(f"overlap: {requests} requests")
-        runs = [_decode(target, requests, context, repeats, overlap) for overlap in (False, True, False, True)]
+    """Two rows for each load, without drafts and with whole ones; the loops take turns."""
+    for requests, own in product(loads, (None, drafter)):
+        policy = "off" if own is None else f"fixed:{drafter.length}"
+        say(f"overlap: {requests} requests, {policy}")
+        runs = [_decode(target, own, requests, context, repeats, overlap) for overlap in (False, True, False, True)]
         plain, ahead = ([record for run in these for record in run.records] for these in (runs[::2], runs[1::2]))
         yield OverlapRow(
             requests,
             context,
+            policy,
             plain=median(sum(r.seconds.values()) for r in plain),
             overlapped=median(sum(r.seconds.values()) for r in ahead),
             host=median(sum(r.seconds.values()) - r.seconds["verify"] for r in ahead),
             plain_busy=runs[2].busy,
             busy=runs[3].busy,
-            floor=floor.step(requests * context),
+            floor=floor.step(requests * context) + (0.0 if own is None else floor.draft(requests * context)),
             is_same=all(run.tokens == runs[0].tokens for run in runs),
         )
 
 
-def _decode(target: Target, requests: int, context: int, repeats: int, overlap: bool) -> _Run:
+def _decode(target: Target, drafter: Drafter | None, requests: int, context: int, repeats: int, overlap: bool) -> _Run:
     """Full steps, all requests decoding."""
+    length = 0 if drafter is None else drafter.length
     # While others still read their prompts, the first ones write.
-    most = repeats + _BUSY_STEPS + 8 + -(-requests * context // (PROMPT_TOKENS // 4))
-    target.resize(requests * (context + most + 2))
+    most = (1 + length) * (repeats + _BUSY_STEPS + 8 + -(-requests * context // (PROMPT_TOKENS // 4)))
+    target.resize(requests * (context + most + length + 2))
     records: list[StepRecord] = []
     engine = Engine(
         target,
-        scheduler="fixed:0",
+        drafter,
+        f"fixed:{length}",
         max_num_seqs=requests,
         max_num_batched_tokens=PROMPT_TOKENS,
         capacity=Capacity(),

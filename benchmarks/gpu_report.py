@@ -110,12 +110,12 @@ def _kernels(rows: Sequence[KernelRow]) -> Table:
 
 
 def _overlap(rows: Sequence[OverlapRow]) -> Table:
-    headings = ("requests", "context", "plain loop ms", "overlapped", "host", "floor", "busy", "same tokens")
-    found = Table(*headings, title="Plain decoding, one step after the other and one step ahead")
+    headings = ("requests", "context", "policy", "plain loop ms", "overlapped", "host", "floor", "busy", "same tokens")
+    found = Table(*headings, title="Steps of the plain loop and of the overlapped one")
     for r in rows:
         times = map(_ms, (r.plain, r.overlapped, r.host, r.floor))
         busy = "" if r.plain_busy is None or r.busy is None else f"{r.plain_busy:.0%}, {r.busy:.0%}"
-        found.add_row(str(r.requests), str(r.context), *times, busy, "yes" if r.is_same else "NO")
+        found.add_row(str(r.requests), str(r.context), r.policy, *times, busy, "yes" if r.is_same else "NO")
     return found
 
 
@@ -178,11 +178,12 @@ def aims(found: Mapping[str, Sequence[Any]]) -> list[tuple[bool, str]]:
         slower = [r for r in captured if r.captured > r.eager]
         lines.append((not slower, f"recorded steps behind eager ones in {len(slower)} of {len(captured)}, aim none"))
     for r in found.get("overlap", ()):
-        lines.append((r.is_same, f"{_requests(r.requests)}: same tokens by both loops"))
+        title = f"{_requests(r.requests)}, {r.policy}"
+        lines.append((r.is_same, f"{title}: same tokens by both loops"))
         if r.busy is not None:  # on CPU there is nothing to overlap
             gain = r.plain / r.overlapped
-            lines.append((gain >= 1, f"{_requests(r.requests)}: overlapped loop {gain:.2f}x the plain one, aim 1x"))
-            lines.append((r.busy >= 0.97, f"{_requests(r.requests)}: device busy for {r.busy:.0%} of it, aim 97%"))
+            lines.append((gain >= 1, f"{title}: overlapped loop {gain:.2f}x the plain one, aim 1x"))
+            lines.append((r.busy >= 0.97, f"{title}: device busy for {r.busy:.0%} of it, aim 97%"))
     for r in found.get("rounds", ()):
         if r.requests == 1:
             share = r.plain_floor / r.plain

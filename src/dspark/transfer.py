@@ -45,29 +45,46 @@ def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[
     return [there[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places, strict=True)]
 
 
-def coming_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin a copy to the host's memory. Who calls what is returned gets it, and waits for no more than that copy."""
-    if tensor.device.type != "cuda":
-        return lambda: tensor
-    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    on_host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
+def together_on_host(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same in the host's memory, which waits for them once. What lies there already stays itself."""
+    far = [x for x in tensors if x is not None and x.device.type == "cuda"]
+    if len(far) < 2:
+        return [None if x is None else x.cpu() for x in tensors]
+    near = _unpacked(_packed(far).cpu(), far)
+    return [None if x is None else near.get(id(x), x) for x in tensors]
 
-    def arrived() -> Tensor:
+
+def coming_to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Begin one copy of tensors of one device. Who calls what is returned gets them, and waits for no more than that copy."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return lambda: list(tensors)
+    packed = _packed(tensors)
+    on_host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+    on_host.copy_(packed, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+
+    def arrived() -> list[Tensor]:
         copied.synchronize()
-        return on_host
+        near = _unpacked(on_host, tensors)
+        return [near[id(x)] for x in tensors]
 
     return arrived
 
 
-def together_on_host(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same in the host's memory, which waits for them once. What lies there already stays itself."""
-    # The widest first: a tensor must begin at a multiple of its numbers' size.
-    far = sorted((x for x in tensors if x is not None and x.device.type == "cuda"), key=lambda x: -x.element_size())
-    if len(far) < 2:
-        return [None if x is None else x.cpu() for x in tensors]
-    flat = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in far]).cpu()
-    pieces = flat.split([x.numel() * x.element_size() for x in far])
-    near = {id(x): piece.view(x.dtype).view(x.shape) for x, piece in zip(far, pieces, strict=True)}
-    return [None if x is None else near.get(id(x), x) for x in tensors]
+def _widest_first(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Side by side, each then begins at a multiple of its numbers' size."""
+    return sorted(tensors, key=lambda x: -x.element_size())
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """[bytes]  of all of them."""
+    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in _widest_first(tensors)])
+
+
+def _unpacked(packed: Tensor, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """By the id of each of `tensors`, what `_packed` has made of it."""
+    ordered = _widest_first(tensors)
+    pieces = packed.split([x.numel() * x.element_size() for x in ordered])
+    return {id(x): piece.view(x.dtype).view(x.shape) for x, piece in zip(ordered, pieces, strict=True)}

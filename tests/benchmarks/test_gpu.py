@@ -34,8 +34,10 @@ def test_sections_end_in_one_file(tmp_path, capsys):
     assert all(r["captured"] > 0 and r["compiled"] is None for r in found["captured"])
     assert found["tilings"] == []  # nothing to tune without CUDA
     assert [(r["what"], r["tokens"]) for r in found["kernels"]] == [("attention", n) for n in (1, 8, 2, 16)]
-    assert [(r["requests"], r["is_same"]) for r in found["overlap"]] == [(1, True), (2, True)]
-    assert all(r["plain"] > 0 and 0 < r["host"] <= r["overlapped"] for r in found["overlap"])
+    assert [(r["requests"], r["policy"]) for r in found["overlap"]] == [
+        (n, policy) for n in (1, 2) for policy in ("off", "fixed:7")
+    ]
+    assert all(r["is_same"] and r["plain"] > 0 and 0 < r["host"] <= r["overlapped"] for r in found["overlap"])
     assert [r["requests"] for r in found["rounds"]] == [1, 2]
     assert all(r["floor"] > 0 and r["seconds"] > 0 for r in found["steps"])
     assert "replayed: tau 4.73" in found["machine"]["acceptance"]
@@ -66,5 +68,5 @@ def test_aims_are_judged_by_what_was_found():
 
 
 def test_loops_are_compared_where_a_device_tells_how_busy_it_is():
-    row = OverlapRow(4, 512, 5.0, 4.0, host=1.5, plain_busy=0.8, busy=0.98, floor=3.0, is_same=False)
+    row = OverlapRow(4, 512, "off", 5.0, 4.0, host=1.5, plain_busy=0.8, busy=0.98, floor=3.0, is_same=False)
     assert [is_reached for is_reached, _ in aims({"overlap": [row]})] == [False, True, True]

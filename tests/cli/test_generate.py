@@ -61,8 +61,8 @@ def test_speculation_changes_no_token(capsys: Capture, temperature: str) -> None
     assert plain["tau"] == 1
     assert run_json(capsys, "generate", PROMPT, *options)["token_ids"] == plain["token_ids"]
     assert run_json(capsys, "generate", PROMPT, *options, "--scheduler", "fixed:2")["token_ids"] == plain["token_ids"]
-    ahead = run_json(capsys, "generate", PROMPT, *options, "--drafter", "none", "--overlap")
-    assert ahead["token_ids"] == plain["token_ids"]
+    for way in (("--drafter", "none"), ("--scheduler", "fixed:7")):
+        assert run_json(capsys, "generate", PROMPT, *options, *way, "--overlap")["token_ids"] == plain["token_ids"]
 
 
 def test_compare_says_how_much_faster_and_whether_the_same(capsys: Capture) -> None:
@@ -214,6 +214,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Capture, argv: tuple[str,
         ("generate", PROMPT, "--drafter", "dspark", "--target", "elsewhere"),
         ("generate", PROMPT, "--temperature", "-1"),
         ("generate", PROMPT, "--overlap"),
+        ("chat", "--overlap", "--scheduler", "optimal"),
         ("generate", PROMPT, "--overlap", "--drafter", "none", "--rule", "rejection"),
         ("serve", "--overlap"),
         ("generate", ""),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import InvalidConfiguration
@@ -103,6 +104,7 @@ def test_whatever_happens_the_tokens_are_those_of_the_plain_loop(
         num_found = len(found.token_ids)
         assert found.token_ids == known.token_ids[:num_found]
         assert (found.finish_reason, num_found) == (known.finish_reason, len(known.token_ids)) or i in leaving
+        assert [x.token_id for x in found.logprobs or ()] == found.token_ids * (found.logprobs is not None)
     assert watched.num_ahead > 20 and sum(record.num_preempted for record in records) > 0
     assert small.num_free_slots == small.cache.limit
 
@@ -126,14 +128,66 @@ def test_records_are_those_of_the_plain_loop(tmp_path: Any, monkeypatch: pytest.
     assert all({"target", "verify", "commit"} <= r.seconds.keys() for r in records[1])
 
 
-def test_a_stop_string_ends_a_text_one_step_late_and_no_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = load_target("tiny", dtype="float32", device="cpu", check=False)
+@pytest.fixture(scope="module")
+def tiny() -> Target:
+    return load_target("tiny", dtype="float32", device="cpu", check=False)
+
+
+@pytest.mark.parametrize(("length", "temperature"), [(7, 1.0), (3, 0.0)])
+def test_drafts_that_are_read_late_change_nothing(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch, length: int, temperature: float
+) -> None:
+    rng = random.Random(length)
+    prompts = [f"{asked} is a {noun}?" for asked in ("What", "Where") for noun in ("river", "cloud", "desert")]
+    all_params = [
+        SamplingParams(temperature, max_tokens=rng.randint(20, 40), seed=i, ignore_eos=True) for i in range(6)
+    ]
+    expected = [g.token_ids for g in Engine(tiny).generate(prompts, all_params)]
+    drafter, records = load_drafter("dspark", tiny), list[StepRecord]()
+    options = dict(max_num_seqs=3, max_num_batched_tokens=16, prefix_tokens=32, observers=[records.append])
+    watched = Watched(tiny, monkeypatch, drafter=drafter, scheduler=f"fixed:{length}", **options)
+    engine, joining, requests = watched.engine, list(zip(prompts, all_params, strict=True)), list[Request]()
+    while joining or engine.has_work:
+        while joining and rng.random() < 0.3:
+            requests.append(engine.submit(*joining.pop(0)))
+        if engine.has_work:
+            engine.step()
+            tiny.cache.check()
+            assert all(tiny.cache.length(r.id) == r.num_cached for r in engine.batcher.running)
+        if rng.random() < 0.05 and engine.has_work:
+            interrupt(engine, rng)
+    assert [r.generated for r in requests] == expected
+    late = [r for r in records if r.num_asked and not r.num_prompt_tokens and set(r.verified) == {length}]
+    assert watched.num_ahead > 5 and sum(sum(r.accepted) for r in late) > 5
+    assert tiny.num_free_slots == tiny.cache.limit
+
+
+def test_rounds_that_are_read_late_are_those_of_the_plain_loop(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a drafter that fails costs its requests their drafts."""
+    params, found = [SamplingParams(0.7, max_tokens=n, seed=n, ignore_eos=True) for n in (20, 33)], []
+    drafter = load_drafter("dspark", tiny)
+    for overlap in (False, True):
+        records = list[StepRecord]()
+        engine = Engine(tiny, drafter, "fixed:7", overlap=overlap, observers=[records.append])
+        made = engine.generate([[30, 31], [40, 41, 42]], params)
+        told = [(r.drafted, r.verified, r.accepted, r.num_tokens, r.num_unread, r.load.base_tokens) for r in records]
+        found.append(([(g.token_ids, g.rounds, g.is_drafted) for g in made], told))
+    assert found[0] == found[1]
+    request = engine.submit([30, 31], params[1])
+    engine.step()
+    monkeypatch.setattr(drafter, "propose", lambda *_: 1 / 0)
+    while request.finish_reason is None:
+        engine.step()
+    assert len(request.generated) == 33 and sum(r.num_faults for r in records) == 1
+
+
+def test_a_stop_string_ends_a_text_one_step_late_and_no_later(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["Where does a river begin?", "What is the sea?"]
-    whole = Engine(target).generate(prompts, SamplingParams(temperature=0, max_tokens=40))
+    whole = Engine(tiny).generate(prompts, SamplingParams(temperature=0, max_tokens=40))
     stops = [g.text[len(g.text) // 2 :][:3] for g in whole]
     params = [SamplingParams(temperature=0, max_tokens=40, stop=(stop,)) for stop in stops]
-    expected = Engine(target).generate(prompts, params)
-    watched = Watched(target, monkeypatch)
+    expected = Engine(tiny).generate(prompts, params)
+    watched = Watched(tiny, monkeypatch)
     found = watched.engine.generate(prompts, params)
     assert [(g.text, g.token_ids, g.finish_reason) for g in found] == [
         (g.text, g.token_ids, g.finish_reason) for g in expected
@@ -141,7 +195,7 @@ def test_a_stop_string_ends_a_text_one_step_late_and_no_later(monkeypatch: pytes
     assert {g.finish_reason for g in found} == {"stop"} and watched.num_ahead > 5
     streamed = list(watched.engine.stream(prompts[0], params[0]))
     assert "".join(delta.text for delta in streamed) == expected[0].text
-    assert target.num_free_slots == target.cache.limit
+    assert tiny.num_free_slots == tiny.cache.limit
 
 
 def test_who_comes_waits_for_the_step_under_way_and_no_longer(target: Target) -> None:
@@ -172,8 +226,10 @@ def test_two_engines_of_one_target_take_turns(small: Target, monkeypatch: pytest
     assert small.num_free_slots == 50
 
 
-def test_what_cannot_go_ahead_is_refused(target: Target) -> None:
-    with pytest.raises(InvalidConfiguration, match="NGramDrafter drafts"):
-        Engine(target, NGramDrafter(), overlap=True)
+def test_what_cannot_go_ahead_is_refused(target: Target, tiny: Target) -> None:
+    with pytest.raises(InvalidConfiguration, match="NGramDrafter with FixedLength"):
+        Engine(target, NGramDrafter(), "fixed:3", overlap=True)
+    with pytest.raises(InvalidConfiguration, match="BlockDrafter with Optimal"):
+        Engine(tiny, load_drafter("dspark", tiny), overlap=True)
     with pytest.raises(InvalidConfiguration, match="needs rule='coupled'"):
         Engine(target, rule="rejection", overlap=True)

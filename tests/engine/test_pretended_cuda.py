@@ -136,6 +136,31 @@ def test_the_overlapped_loop_waits_for_the_step_before_only(
     there._compiled.clear()
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_drafts_that_are_read_late_are_waited_for_once(
+    target: Target, there: Target, ledger: Ledger, is_recorded: bool
+) -> None:
+    params = [SamplingParams(t, max_tokens=40, seed=i, ignore_eos=True) for i, t in enumerate((0.0, 0.7, 1.0))]
+    expected = [g.token_ids for g in Engine(target).generate(PROMPTS[:3], params)]
+    there._compiled.clear()
+    engine = Engine(there, load_drafter("dspark", there), "fixed:7", overlap=True, num_slots=1024)
+    if is_recorded:
+        there.capture(RunAgain(), engine.drafter.feature_layers)
+    requests = [engine.submit(prompt, one) for prompt, one in zip(PROMPTS, params, strict=False)]
+    for _ in range(2):
+        engine.step()
+    for _ in range(3):
+        ledger.copies.clear()
+        engine.step()
+        waits = ledger.of("to host", "to device", "wait")
+        assert [copy.line.partition(":")[0] for copy in waits] == ["engine/late_round.py"]
+        assert [copy.num_bytes for copy in ledger.of("coming")] == [3 * (7 * 8 + 7 * 4 + 8 * 8)]
+    assert all(r.generated == known[: len(r.generated)] for r, known in zip(requests, expected, strict=True))
+    assert sum(len(r.rounds) + 1 < len(r.generated) for r in requests)  # drafts were of use, or nothing was shown
+    engine.fail_running()
+    there._compiled.clear()
+
+
 def test_the_cache_fits_the_device(there: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     there.resize(4096)
     there.extend([Span(0, 0, (1,))])

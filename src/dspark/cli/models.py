@@ -50,15 +50,15 @@ def set_threads(args: argparse.Namespace) -> None:
 def add_overlap(arguments: Arguments) -> None:
     """Whether the host goes ahead."""
     arguments.add_argument(
-        "--overlap", action="store_true", help="launch each step before the last one is read (--drafter none, on a GPU)"
+        "--overlap", action="store_true", help="on a GPU, with --drafter none or --scheduler fixed:N: wait for it less"
     )
 
 
 def check_overlap(args: argparse.Namespace) -> None:
     """Raise InvalidRequest where --overlap cannot go ahead, before anybody waits for a model to load."""
-    if args.overlap and drafter_name(args) != "none":
+    if args.overlap and drafter_name(args) != "none" and not (args.scheduler or "auto").startswith("fixed"):
         raise InvalidRequest(
-            f"--overlap goes ahead of plain decoding, and {drafter_name(args)} drafts: add --drafter none"
+            "--overlap cannot wait for what a scheduler says of drafts: add --drafter none or --scheduler fixed:7"
         )
     if args.overlap and args.rule != "coupled":
         raise InvalidRequest(f"--overlap goes with --rule coupled; got {args.rule}")

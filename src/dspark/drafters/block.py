@@ -76,6 +76,7 @@ class BlockDrafter:
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
+        self.leaves_chains = True  # always `length` tokens for each, which stay on the device until they are asked for
         self._is_compiled = False
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
         self._needs_whole_rows = False

@@ -58,6 +58,26 @@ class Drafting:
             request.features_start, request.features = request.num_cached, None
         return draft.among(rows, len(decoding))
 
+    def propose_unread(self, record: StepRecord, requests: Sequence[Request]) -> Draft:
+        """A draft for all of them, wherever it lies, which nobody has looked at: of drafters that leave chains."""
+        record.num_unread = sum(map(_join_features, requests))
+        record.num_asked = len(requests)
+        try:
+            draft = self.drafter.propose(requests, self.rule)
+            assert draft.tokens.shape == (len(requests), self.drafter.length) and draft.parents is None
+        except AssertionError:
+            raise
+        except Exception as error:  # noqa: BLE001  # as in _ask
+            self._give_up(record, requests, error)
+            draft = Draft.empty(len(requests))
+        for request in requests:
+            request.features_start, request.features = request.num_cached, None
+        return draft
+
+    def has_given_up(self, requests: Sequence[Request]) -> bool:
+        """Whether any of them goes on without drafts, because the drafter failed on it."""
+        return any(r.id in self._failed for r in requests)
+
     def keep_features(self, request: Request, features: torch.Tensor) -> None:
         """Remember features [n, F] of the positions just committed until the drafter has read them."""
         if request.id not in self._failed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dspark.budget.capacity import Capacity, Fingerprint, usual_path
+from dspark.budget.capacity import Capacity, usual_path
 from dspark.budget.guard import Guard
 from dspark.budget.raw_beliefs import RawBeliefs
 from dspark.budget.schedulers import AUTO, make_scheduler
@@ -62,7 +62,7 @@ class Engine:
     max_length          tokens of one request, prompt and output, at most; None: what the target can read and hold
     prefix_tokens       tokens of past requests that are kept so as not to read them again; 0: no prefix cache
     compile             compile target and drafter: faster steps after tens of seconds of warm-up
-    overlap             plain decoding that launches each step before it has read the one before it (overlapped.py)
+    overlap             launch plain steps before the ones before are read; read drafts once they are judged (overlapped.py)
     observers           called with the StepRecord of every step
 
     Raises InvalidConfiguration for options that do not go together, such as a scheduler that looks at draft tokens with
@@ -91,7 +91,8 @@ class Engine:
         _refuse_names(target, drafter)
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
-        self.capacity = _known_capacity(fingerprint(target, self.drafter, compile)) if capacity is None else capacity
+        about = fingerprint(target, self.drafter, compile, overlap)
+        self.capacity = Capacity.load_or_new(usual_path(about), about) if capacity is None else capacity
         chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         self.rule.reports_chances = heeds_beliefs(chosen_by)
         if beliefs is None:  # nobody waits for what nobody heeds
@@ -117,7 +118,7 @@ class Engine:
         self.neighbours = neighbours_over(target.cache)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
-        self._step = Overlapped(self.drafter, self.rule).step if overlap else plain_step
+        self._step = Overlapped(self.drafter, self.rule, chosen_by, self.guard).step if overlap else plain_step
         if compile:
             target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
@@ -285,11 +286,6 @@ class Engine:
                 self.batcher.waiting.append(request)
             else:
                 self.ledger.finish(request, "length")
-
-
-def _known_capacity(about: Fingerprint) -> Capacity:
-    """What `dspark profile` has measured of such an engine, or nothing yet."""
-    return Capacity.load_or_new(usual_path(about), about)
 
 
 def _longest(target: Target, lookahead: int, wanted: int | None) -> int:

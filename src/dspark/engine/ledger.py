@@ -90,6 +90,8 @@ class Ledger:
 
     def forget(self, request: Request) -> None:
         """Free all that a request holds: it has ended, or is to be read again."""
+        if self.is_torn:  # in the middle of being committed, perhaps
+            del request.logprobs[len(request.generated) :], request.is_drafted[len(request.generated) :]
         if self.prefixes is not None:
             if not self.is_torn:
                 self.prefixes.take_in(request)

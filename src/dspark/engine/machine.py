@@ -17,9 +17,10 @@ from dspark.types import Drafter
 log = logging.getLogger(__name__)
 
 
-def fingerprint(target: Target, drafter: Drafter, is_compiled: bool) -> dict[str, str]:
+def fingerprint(target: Target, drafter: Drafter, is_compiled: bool, is_overlapped: bool = False) -> dict[str, str]:
     """Seconds measured under one fingerprint mean nothing under another."""
-    return {
+    ahead = {"loop": "overlapped"} if is_overlapped else {}  # a phase's seconds are then not those of its work
+    return ahead | {
         "hardware": _hardware(target.device),
         "threads": str(torch.get_num_threads()) if target.device.type == "cpu" else "-",
         "target": _model(target),

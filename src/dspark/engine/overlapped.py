@@ -6,6 +6,8 @@ come over in one small copy, and commits them while the device computes. A reque
 end token or a stop string, has a row too many in the step under way, which nobody takes.
 
 Requests say nothing of a step under way: they hold what was committed, and no placeholders.
+
+Beside drafts it does not go ahead, but it leaves them on the device until they are judged (late_round.py).
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dspark.budget.guard import Guard
 from dspark.engine.batcher import is_reading
+from dspark.engine.late_round import UNREAD, late_round
 from dspark.engine.loop import Laps, load_of, note_verdict, plain_step, tell
 from dspark.errors import InvalidConfiguration
 from dspark.target.target import Extension
 from dspark.transfer import coming_to_host, on_device
-from dspark.types import Draft, Drafter, Request, Rule, Span, StepRecord, Verdict
+from dspark.types import Draft, Drafter, PrefixScheduler, Request, Rule, Span, StepRecord, Verdict
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
-
-_UNREAD = (-1,)  # a token that the host does not know; no embedding takes it for one
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class _Flight:
 
     spans         where each reads
     drawn    [B]  tokens on the device
-    arrived       gives them on the host, once they are there
+    arrived       gives them on the host, once they are there, as all that came
     """
 
     requests: list[Request]
     spans: list[Span]
     drawn: Tensor
-    arrived: Callable[[], Tensor]
+    arrived: Callable[[], list[Tensor]]
 
     @property
     def rows(self) -> list[int]:
@@ -61,11 +63,12 @@ class _Flight:
 class Overlapped:
     """Decodes one step ahead of what the host has read, and steps plainly wherever the host has something to do first."""
 
-    def __init__(self, drafter: Drafter, rule: Rule) -> None:
-        if drafter.length:
+    def __init__(self, drafter: Drafter, rule: Rule, scheduler: PrefixScheduler, guard: Guard | None) -> None:
+        is_known = getattr(drafter, "leaves_chains", False) and hasattr(scheduler, "length") and guard is None
+        if drafter.length and not is_known:
             raise InvalidConfiguration(
-                f"overlap=True goes ahead of plain decoding, and {type(drafter).__name__} drafts: leave out one of the "
-                "two (on the command line: --drafter none, or no --overlap)"
+                "overlap=True takes no drafter, or a block drafter with scheduler='fixed:N', whose chains have a length "
+                f"that is known beforehand; got {type(drafter).__name__} with {type(scheduler).__name__}"
             )
         if not rule.draws_alike:
             raise InvalidConfiguration(f"overlap=True needs rule='coupled'; got {type(rule).__name__}")
@@ -79,11 +82,13 @@ class Overlapped:
         if flight is None or not flight.rows:
             if not (requests := _ready(engine, num_ahead=0)):
                 return plain_step(engine)
+            if engine.drafter.length:
+                return late_round(engine, requests) if _have_room(engine, requests) else plain_step(engine)
             flight = _launch(engine, requests, None)
         if requests := _ready(engine, num_ahead=1):
             self._flight = _launch(engine, requests, flight)
         lap("target")
-        tokens = flight.arrived()
+        (tokens,) = flight.arrived()
         lap("verify")
         _land(engine, record, flight, tokens)
         lap("commit")
@@ -97,7 +102,12 @@ def _ready(engine: Engine, num_ahead: int) -> list[Request]:
     requests = [r for r in running if engine.ledger.room(r) > num_ahead]  # the others end by their length
     if any(is_reading(r) or _asks_the_host(r) for r in running) or engine.batcher.could_admit(num_free):
         return []
-    return requests if len(requests) <= num_free else []
+    return requests if len(requests) * engine.batcher.lookahead <= num_free else []
+
+
+def _have_room(engine: Engine, requests: list[Request]) -> bool:
+    """Whether each may be drafted for."""
+    return all(engine.ledger.room(r) > 1 for r in requests) and not engine.drafting.has_given_up(requests)
 
 
 def _asks_the_host(request: Request) -> bool:
@@ -112,10 +122,10 @@ def _launch(engine: Engine, requests: list[Request], before: _Flight | None) -> 
         spans = [Span(r.id, r.num_cached, r.tokens[-1:], num_logits=1) for r in requests]
         out = engine.target.extend(spans)
     else:
-        spans = [Span(r.id, r.num_cached + 1, _UNREAD, num_logits=1) for r in requests]
+        spans = [Span(r.id, r.num_cached + 1, UNREAD, num_logits=1) for r in requests]
         out = engine.target.extend(spans, token_ids=before.drawn_for(requests))
     # What is under way is a draft token that is certain to be accepted.
-    drawn, _ = engine.rule.draft(out.logits, requests, [() if before is None else _UNREAD] * len(requests))
+    drawn, _ = engine.rule.draft(out.logits, requests, [() if before is None else UNREAD] * len(requests))
     return _Flight(requests, spans, drawn, coming_to_host(drawn))
 
 

@@ -57,7 +57,8 @@ class Drafter(Protocol):
     length          the most draft tokens it ever proposes for one request; slots are counted with it
 
     What it may have besides: `compile()`, called when the engine compiles; `read(requests)`, which takes in features
-    without drafting, for requests that it has not been asked about for long; `calibration` of its confidences.
+    without drafting, for requests that it has not been asked about for long; `calibration` of its confidences;
+    `leaves_chains`, true where every draft is a chain of `length` tokens and lies where the target is.
     """
 
     feature_layers: tuple[int, ...]
