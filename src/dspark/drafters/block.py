@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -230,9 +231,11 @@ class BlockDrafter:
             )
         # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
         news = {n: getattr(step, n) for n in ("features", "positions", "rows", "slots")}
-        step = step._replace(**{n: tensor.clone() if tensor._is_view() else tensor for n, tensor in news.items()})
-        shape = (batch, self.length, self.model.config.vocab_size)
-        return self._graph(step, noise if noise.shape == shape else noise.expand(shape).contiguous())
+        if views := {n: tensor.clone() for n, tensor in news.items() if tensor._is_view()}:
+            step = step._replace(**views)
+        if noise.numel() == 1:  # the same for all tokens is none at all
+            noise = _silence((batch, self.length, self.model.config.vocab_size), noise.device)
+        return self._graph(step, noise)
 
     def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keep keys and values of context, without drafting."""
@@ -291,3 +294,9 @@ class BlockDrafter:
         e = None if embedded[0] is None else torch.stack([e for e in embedded if e is not None], 1)
         logit = self.model.confidence(hidden, e)
         return None if logit is None else torch.sigmoid(logit.float())
+
+
+@lru_cache(maxsize=4)
+def _silence(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Zeros, for reading only."""
+    return torch.zeros(shape, device=device)
