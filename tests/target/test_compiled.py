@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 
 from dspark.target import Target
 from dspark.target.plan import View
@@ -27,6 +28,31 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs in the order in which they are compiled. Code is generated for the third alone, that of many requests, whose
+    sizes change most: it takes most of the time. The others run as they were traced."""
+    generate, graphs = compile_fx.compile_fx, list[torch.fx.GraphModule]()
+
+    def compile_traced(graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return generate(graph, examples, **options) if len(graphs) == 3 else graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_traced)
+    return graphs
+
+
+def fixed_sizes(graph: torch.fx.GraphModule) -> dict[str, list[int]]:
+    """By input, keys and values aside, the sizes that the graph takes for granted: called directly, nobody checks them."""
+    inputs = {n.name: n.meta["example_value"] for n in graph.graph.nodes if n.op == "placeholder"}
+    fixed = {
+        name.removeprefix("l_").rstrip("_"): [size for size in value.shape if isinstance(size, int)]
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and "pairs" not in name
+    }
+    return {name: sizes for name, sizes in fixed.items() if sizes}
+
+
 def read_and_drop(target: Target, spans: list[Span], layers: tuple[int, ...]) -> torch.Tensor:
     logits = target.extend(spans, layers).logits
     for span in spans:
@@ -34,11 +60,13 @@ def read_and_drop(target: Target, spans: list[Span], layers: tuple[int, ...]) ->
     return logits
 
 
-def test_steady_state_compiles_nothing(make_pair: Callable[..., Any]) -> None:
+def test_steady_state_compiles_nothing(make_pair: Callable[..., Any], traced: list[torch.fx.GraphModule]) -> None:
     pair = make_pair("mistral", num_slots=3000, num_hidden_layers=1)
     target, layers = pair.target, (0, -1)
     assert target.compile(layers)
     assert counters["stats"]["unique_graphs"] == 3
+    of_one_request = {name: [1] for name in ("slots", "starts", "queries", "inside", "firsts", "ids", "positions")}
+    assert fixed_sizes(traced[1]) == of_one_request and fixed_sizes(traced[2]) == {"ids": [1], "positions": [1]}
     rng = random.Random(0)
     texts = {request: [rng.randrange(3, 97) for _ in range(250)] for request in range(9)}
     with torch._dynamo.config.patch(error_on_recompile=True):
