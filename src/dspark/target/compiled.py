@@ -2,8 +2,8 @@
 
 Worth it where a forward is small: on CPU an eager step of a 7 M parameter model is mostly Python. Three graphs, chosen
 by shape before the call: one token; one request with several tokens; several requests. Within each all sizes are
-dynamic, so nothing is compiled again while requests come and go. On CPU the weights are packed into the graphs: each
-graph holds a copy of them, and later changes of the weights are not seen.
+dynamic, so nothing is compiled again while requests come and go. On CPU the weights are packed once for all three, and
+later changes of them are not seen.
 """
 
 from __future__ import annotations

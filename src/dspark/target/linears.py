@@ -19,7 +19,8 @@ class Product:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        finalize(self, torch.ops.dspark.free_linear, number)
+        # Not at exit: a thread may still be in a step.
+        finalize(self, torch.ops.dspark.free_linear, number).atexit = False
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Product:
