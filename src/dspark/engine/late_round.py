@@ -49,7 +49,7 @@ def late_round(engine: Engine, requests: list[Request]) -> StepRecord:
     keep = engine.choosing.choose(record, draft, requests, room)
     lap("schedule")
     verdict = _verdict(draft, keep, judged.tolist(), sizes)
-    note_verdict(engine, record, requests, draft, keep, verdict)
+    note_verdict(record, requests, draft, keep, verdict)
     engine.ledger.commit(requests, verify_spans(requests, draft, keep), draft, keep, verdict, out)
     lap("commit")
     engine.tokens_per_request = record.num_tokens / len(requests)

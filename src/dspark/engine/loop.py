@@ -43,7 +43,7 @@ def plain_step(engine: Engine) -> StepRecord:
             keep = torch.cat([keep, keep.new_zeros(len(judged) - len(decoding), keep.shape[1])])
         verdict = engine.rule.verify(draft, keep, out.logits, judged)
         lap("verify")
-        note_verdict(engine, record, decoding, draft, keep, verdict)
+        note_verdict(record, decoding, draft, keep, verdict)
         engine.ledger.commit(decoding + [r for r, _ in prompts], spans, draft, keep, verdict, out)
         lap("commit")
     if decoding:
@@ -82,9 +82,7 @@ def load_of(record: StepRecord, decoding: list[Request], prompts: list[tuple[Req
     )
 
 
-def note_verdict(
-    engine: Engine, record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict
-) -> None:
+def note_verdict(record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict) -> None:
     """What became of the draft, for those who learn."""
     n, accepted = len(decoding), verdict.accepted
     record.request_ids = [r.id for r in decoding]

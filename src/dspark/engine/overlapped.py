@@ -137,6 +137,6 @@ def _land(engine: Engine, record: StepRecord, flight: _Flight, tokens: Tensor) -
     draft = Draft.empty(len(rows))
     keep = engine.choosing.choose(record, draft, requests, room=())
     verdict = Verdict(keep, tokens[rows])
-    note_verdict(engine, record, requests, draft, keep, verdict)
+    note_verdict(record, requests, draft, keep, verdict)
     nothing = Extension(torch.empty(0), None)  # nobody asks for log-probabilities or features
     engine.ledger.commit(requests, [flight.spans[b] for b in rows], draft, keep, verdict, nothing)
