@@ -217,12 +217,15 @@ class Broken(OracleDrafter):
             "dtype": Draft(draft.tokens + 0.5, sizes),
             "probs": Draft(draft.tokens, sizes, probs=torch.ones(num_requests, length, VOCAB_SIZE + 1)),
             "law": Draft(draft.tokens, sizes, probs=torch.zeros(num_requests, length, VOCAB_SIZE)),
+            "too long": Draft(draft.tokens.repeat(1, 2), 2 * sizes),
+            "no draft": draft.tokens.tolist(),
         }
         return garbage[self.fault]
 
 
 @pytest.mark.parametrize(
-    "fault", ["raises", "tokens", "sizes", "confidence", "parents", "shape", "dtype", "probs", "law"]
+    "fault",
+    ["raises", "tokens", "sizes", "confidence", "parents", "shape", "dtype", "probs", "law", "too long", "no draft"],
 )
 def test_requests_go_on_without_drafts_when_the_drafter_fails(target, texts, fault, caplog):
     drafter, records = Broken(texts, fault), []

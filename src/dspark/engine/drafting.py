@@ -97,16 +97,14 @@ class Drafting:
 
     def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
         try:
-            draft = self.drafter.propose(asked, self.rule).on_host()
-            fault: Exception | str | None = _nonsense(draft, len(asked), self.target.vocab_size)
+            draft = self.drafter.propose(asked, self.rule)
+            draft = draft.on_host() if isinstance(draft, Draft) else draft
+            fault: Exception | str | None = _nonsense(draft, len(asked), self.target.vocab_size, self.drafter.length)
         except AssertionError:
             raise  # a broken invariant is a bug to be seen
         except Exception as error:  # noqa: BLE001  # whatever a drafter, a user's own file included, may raise
             fault = error
         if fault is None:
-            assert draft.tokens.shape[1] <= self.drafter.length, (
-                "a drafter proposed more than its `length`, which counts slots"
-            )
             if draft.parents is not None:  # what lies in padding may point anywhere, and followers index with it
                 draft.parents = draft.parents.long().masked_fill(~draft.real, -1)
             return draft if draft.tokens.numel() else Draft.empty(len(asked))
@@ -171,11 +169,15 @@ def _join_features(request: Request) -> int:
     return 0 if request.features is None else len(request.features)
 
 
-def _nonsense(draft: Draft, num_requests: int, vocab_size: int) -> str | None:
+def _nonsense(draft: object, num_requests: int, vocab_size: int, length: int) -> str | None:
     """What makes a draft unusable, in words; None: nothing."""
+    if not isinstance(draft, Draft):
+        return f"propose gave {type(draft).__name__}; expected a Draft"
     tokens, sizes = draft.tokens, draft.sizes
     if tokens.dim() != 2 or len(tokens) != num_requests or sizes.shape != (num_requests,):
         return f"tokens {list(tokens.shape)} and sizes {list(sizes.shape)} for {num_requests} requests"
+    if tokens.shape[1] > length:  # slots were counted with it
+        return f"drafts of {tokens.shape[1]} tokens by a drafter whose `length` is {length}"
     for name, values in (("confidence", draft.confidence), ("parents", draft.parents)):
         if values is not None and values.shape != tokens.shape:
             return f"{name} {list(values.shape)} beside tokens {list(tokens.shape)}"
