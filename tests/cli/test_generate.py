@@ -169,6 +169,16 @@ def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
     assert b"BrokenPipe" not in err
 
 
+def test_a_text_that_fills_the_context_says_why_it_ends(capsys: Capture, tmp_path: Path) -> None:
+    folder = shutil.copytree(PAIR / "target", tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = ("generate", PROMPT, "--target", str(folder), "--ignore-eos", "--seed", "1")
+    code, _, err = run(capsys, *asked, "--max-tokens", "100")
+    assert code == 0 and "fill the 40 tokens" in err
+    assert "fill the" not in run(capsys, *asked, "--max-tokens", "5")[2]
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         _report(args, baseline, runs, found, choice)
         for reason in reasons:
             print(f"REGRESSION: {reason}")
+        if args.gate is not None and not reasons:
+            print("no regression")
     return REGRESSED if reasons else 0
 
 

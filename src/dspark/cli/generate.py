@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         legend = "; green: accepted draft tokens" if wants_colour(sys.stdout, args.no_color) else ""
         say(_closing_line(streamed) + legend)
+        if _fills_the_context(streamed.generation, params):
+            say(f"the text ends here because prompt and text fill the {engine.max_length} tokens that the target holds")
         if engine.drafter.length:
             say(hindsight.line())
     comparison = None
@@ -238,6 +240,10 @@ def _closing_line(streamed: _Run) -> str:
     line = "interrupted: " if streamed.interrupted else ""
     line += f"{num_tokens} tokens in {streamed.seconds:.2f} s ({speed(streamed.tokens_per_second)}, "
     return line + f"model loading not counted), {speculation_summary(generation.tau, generation.rounds)}"
+
+
+def _fills_the_context(generation: Generation, params: SamplingParams) -> bool:
+    return generation.finish_reason == "length" and len(generation.token_ids) < params.max_tokens
 
 
 def _compare(engine: Engine, prompt: Any, params: SamplingParams, args: argparse.Namespace, seed: int) -> Comparison:
