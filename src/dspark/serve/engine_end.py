@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long a thread that hears the server, or draws a page for it, waits for the engine's thread to give up the interpreter.
-SWITCH_SECONDS = 0.0005
+# How long a thread that sends what a step brought, or hears the server, waits for the engine's thread to give up the
+# interpreter: every event waits for it. Only these ever ask, so short turns cost next to nothing.
+SWITCH_SECONDS = 0.0001
 
 
 def run_engine(line: socket.socket, make: Callable[..., Watched], arguments: Sequence[Any]) -> None:
