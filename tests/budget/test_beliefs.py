@@ -243,7 +243,7 @@ def test_the_summary_shows_where_beliefs_stand() -> None:
     summary = live.summary()
     assert json.loads(json.dumps(summary)) == summary
     everyone = summary["classes"]["everyone"]
-    assert everyone["rounds"] == pytest.approx(300 * 16, abs=32)
+    assert everyone["rounds"] == pytest.approx(300 * 16, abs=64)
     assert everyone["temperature"] == pytest.approx(1 / 0.6, rel=0.25)
     assert max(summary["calibration_error"][:4]) < 0.06 and max(map(abs, summary["bias"][:3])) < 0.03
 

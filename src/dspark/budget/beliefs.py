@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 2
 _EVERYONE = ""  # all traffic, whatever its class
+_NEW = 16  # updates
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LiveSettings:
     memory              rounds (drafts decided) after which an outcome weighs 1/e; after a drift alarm far fewer
     full_share          of drafts, those that are verified whole whatever the scheduler chose
     most_weight         of one label, however unlikely it was to be seen
-    rounds_per_update   outcomes are collected until there are so many
+    rounds_per_update   outcomes are collected until there are so many,
+    steps_per_update    and, but for the first few times, of so many steps: what an update takes hardly grows with them
     most_classes        classes of traffic with beliefs of their own; later ones share everyone's
     """
 
@@ -51,6 +53,7 @@ class LiveSettings:
     full_share: float = 0.001
     most_weight: float = 25.0
     rounds_per_update: int = 16
+    steps_per_update: int = 4
     most_classes: int = 16
 
 
@@ -152,7 +155,9 @@ class LiveBeliefs:
         if outcome.drafts:
             self._waiting.append(outcome)
             self._num_waiting += len(outcome.drafts)
-        if self._num_waiting >= self.settings.rounds_per_update:
+        is_new = self.classes[_EVERYONE].num_rounds < _NEW * self.settings.rounds_per_update
+        enough = len(self._waiting) >= self.settings.steps_per_update or is_new
+        if enough and self._num_waiting >= self.settings.rounds_per_update:
             self.learn_waiting()
 
     # -- learning -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
-_TOGETHER = 4  # steps that are learned from at a time: between two the processor's caches forget how it is done
+_TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
 _LITTLE = 64  # steps
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]

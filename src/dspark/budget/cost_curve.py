@@ -40,7 +40,7 @@ class Place:
 
     expected  seconds that the first one was expected to take; 0: nothing was known
     latest    how many steps had been observed, anywhere, when the last one here was
-    fitted    the median that the last fit went by; 0: there was none
+    is_fitted whether the last fit knew of it
     """
 
     size: float
@@ -48,14 +48,31 @@ class Place:
     context: float
     expected: float = 0.0
     latest: int = 0
-    fitted: float = 0.0
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
+    is_fitted: bool = False
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=2 * _MEDIAN_OF))
+
+    @property
+    def num(self) -> int:
+        """Of the latest steps here, by which others are judged."""
+        return min(len(self.seconds), _MEDIAN_OF)
 
     @property
     def median(self) -> float:
         """Seconds of the latest steps here."""
-        ordered = sorted(self.seconds)
-        return ordered[(len(ordered) - 1) // 2]  # of two the shorter: what is added by chance makes steps longer
+        return _shorter_median(list(self.seconds)[-_MEDIAN_OF:])
+
+    @property
+    def usual(self) -> float:
+        """Seconds of the steps here before those, where there are enough: the latest are soon used to a change."""
+        before = list(self.seconds)[:-_MEDIAN_OF]
+        if len(before) > _MEDIAN_OF // 2:
+            return _shorter_median(before)
+        return self.median if self.num == _MEDIAN_OF else self.expected
+
+
+def _shorter_median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]  # of two the shorter: what is added by chance makes steps longer
 
 
 class CostCurve:
@@ -79,7 +96,7 @@ class CostCurve:
     def _num_within(self, distance: int, size: int, requests: int) -> int:
         here, many = _size_place(size), _request_place(requests)
         near = (p for (at, n, _), p in self._places.items() if n == many and abs(at - here) <= distance)
-        return sum(len(place.seconds) for place in near)
+        return sum(place.num for place in near)
 
     def observe(self, size: int, requests: int, context: int, seconds: float) -> None:
         """Learn from one step. A clock that stood still, went backwards or leapt ahead teaches nothing."""
@@ -95,10 +112,10 @@ class CostCurve:
                 self._places.popitem(last=False)
         self._places.move_to_end(key)
         value = seconds / self.speed
-        expected = place.median if len(place.seconds) == _MEDIAN_OF else place.expected
+        expected = place.usual
         if expected:
             self._recent.append((place, math.log(value / expected)))
-        share = 1 / (1 + len(place.seconds))
+        share = 1 / (1 + place.num)
         place.size += share * (size - place.size)
         place.requests += share * (requests - place.requests)
         place.context += share * (context - place.context)
@@ -133,15 +150,15 @@ class CostCurve:
         places = list(self._places.values())
         at = np.array([(p.size, p.requests, p.context) for p in places])
         seconds = np.array([p.median for p in places])
-        trust = np.array([len(p.seconds) for p in places]) * self._freshness(places)
+        trust = np.array([p.num for p in places]) * self._freshness(places)
         typical = float(np.exp(np.log(seconds).mean()))
         x = _terms(at[:, 0], at[:, 1], at[:, 2]) * (typical / seconds)[:, None]
         weighted = x * trust[:, None]
         gram = weighted.T @ x + np.diag(_reluctance(x.shape[1]))
         start = self._weights / typical if len(self._weights) else np.zeros(len(gram))
         self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
-        for place, median in zip(places, seconds.tolist(), strict=True):
-            place.fitted = median
+        for place in places:
+            place.is_fitted = True
 
     def as_json(self) -> dict[str, Any]:
         """What a capacity file keeps of it."""
@@ -162,7 +179,7 @@ class CostCurve:
             if not values or not are_measured:
                 raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
             key = (_size_place(size), _request_place(requests), _context_place(context))
-            place = Place(float(size), float(requests), float(context), seconds=deque(values, _MEDIAN_OF))
+            place = Place(float(size), float(requests), float(context), seconds=deque(values, 2 * _MEDIAN_OF))
             curve._places[key] = place
             curve.num_observed += len(values)
         if curve._places:
@@ -191,16 +208,21 @@ class CostCurve:
         return np.maximum(0.5 ** (ages / _HALF_AS_FRESH), _OLD)
 
     def _is_off(self) -> bool:
-        """Whether steps like the last ones have come to take something else than at the last fit."""
-        return any(p.fitted and abs(math.log(p.median / p.fitted)) > _SPEED_CHANGE for p in self._latest())
+        """Whether steps like the last ones take something else than is believed of them."""
+        believed = (
+            (p.median * self.speed, self.seconds_of(round(p.size), round(p.requests), round(p.context)))
+            for p in self._latest()
+            if p.is_fitted
+        )
+        return any(abs(math.log(median / seconds)) > _SPEED_CHANGE for median, seconds in believed)
 
     def _is_elsewhere(self) -> bool:
         """Whether some of the last steps are of sizes that the last fit did not know."""
-        return any(not p.fitted for p in self._latest())
+        return any(not p.is_fitted for p in self._latest())
 
     def _latest(self) -> list[Place]:
         places = islice(reversed(self._places.values()), _LATEST)
-        return [place for place in places if len(place.seconds) > _MEDIAN_OF // 2]
+        return [place for place in places if place.num > _MEDIAN_OF // 2]
 
     def _follow_speed(self) -> bool:
         """When most of the last steps took longer than the same steps before, all steps do. Whether it was so."""
@@ -244,7 +266,7 @@ class CostCurve:
         at = np.array([(p.size, p.requests, p.context) for _, p in own])
         believed = _terms(at[:, 0], at[:, 1], at[:, 2]) @ self._weights
         excess = np.log(np.array([p.median for _, p in own]) / np.maximum(believed, 1e-12))
-        trust = np.array([len(p.seconds) / (1 + 3 * (key[2] - context_place) ** 2) for key, p in own])
+        trust = np.array([p.num / (1 + 3 * (key[2] - context_place) ** 2) for key, p in own])
         # Nearby sizes share, those that were seen lately before others; far from all of them the terms are left alone.
         distance = np.log2(sizes[:, None] / at[None, :, 0])
         weight = trust * np.exp(-((distance / 0.25) ** 2))
