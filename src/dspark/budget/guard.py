@@ -63,6 +63,7 @@ _LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
+_TELLING = 16  # drafts that are worth a decision
 _CLEARLY = 1.15  # times as many tokens per second
 _TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
 _COUNT_MEMORY = 400.0  # of them
@@ -140,8 +141,6 @@ class Guard:
         everyone, self.reason = list(range(len(request_ids))), None
         if not everyone or self._num_judged < self.settings.min_observations:
             return everyone
-        if len(self._waiting) >= _TOGETHER:
-            self._learn_waiting()
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
@@ -168,6 +167,8 @@ class Guard:
         if not self._asked:
             self._last_plain = self._now
         self._asked = frozenset()
+        if len(self._waiting) >= _TOGETHER:
+            self._learn_waiting()
 
     def _learn_waiting(self) -> None:
         for seen in self._waiting:
@@ -229,8 +230,11 @@ class Guard:
         return False
 
     def _is_due(self, request_ids: Sequence[int], num_requests: int) -> bool:
-        """A decision costs about as much as a tenth of a small step, and while nothing is drafted little is learned."""
-        every = self.settings.reconsider_every * (min(4, 1 + self._num_clear) if self.is_drafting else 8)
+        """A decision costs about as much as a tenth of a small step; few drafts, and none, tell little."""
+        if self.is_drafting:
+            every = max(self.settings.reconsider_every, _TELLING // num_requests) * min(4, 1 + self._num_clear)
+        else:
+            every = 8 * self.settings.reconsider_every
         if self._decided_for != _about(num_requests) or self._now - self._decided_at >= every:
             return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
