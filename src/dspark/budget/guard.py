@@ -53,7 +53,7 @@ class GuardSettings:
     reconsider_every: int = 8
 
 
-_MOST_REQUESTS, _MOST_KINDS = 4096, 64
+_MOST_REQUESTS, _MOST_KINDS = 1024, 64
 _TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _OTHERS = 24  # requests drafted for last, by which others of their kind are judged
@@ -188,7 +188,7 @@ class Guard:
             kind, has_found = kinds.get(request_id), record.drafted[b] > 0
             _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
             if has_found:
-                self._remember(now, request_id, kind, survival[b])
+                self._remember(now, request_id, kind, survival[b].copy())  # a view would keep the whole step's
                 _count(self._trust, kind, record.accepted[b], float(promised[b].sum()), _TRUST_PRIOR)
 
     def trust(self, kind: Hashable = None) -> float:
