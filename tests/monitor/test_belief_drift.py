@@ -20,7 +20,7 @@ def test_a_change_of_traffic_is_counted_and_logged() -> None:
     World().serve(live, 200)
     monitoring.step(StepRecord())
     assert series(monitoring, alarms) == 0 and 0 < series(monitoring, "dspark_belief_drift") < 4.5
-    World(offsets=(-1.0,) * 7, seed=3).serve(live, 10)
+    World(offsets=(-1.0,) * 7, seed=3).serve(live, 16)
     monitoring.step(StepRecord())
     assert series(monitoring, alarms) == 1
     event = monitoring.events.recent[-1]

@@ -99,12 +99,12 @@ def tell(engine: Engine, record: StepRecord) -> None:
     """Let learners and observers know of a step that is over."""
     record.num_running, record.num_waiting = len(engine.batcher.running), len(engine.batcher.waiting)
     record.num_free_slots = engine.target.num_free_slots
+    if engine.observers:  # nobody else wants to know
+        record.rate, record.best_rate = rates(engine.capacity, record)
     begin = time.perf_counter()
     for learner in engine.learners:  # beliefs first: what they take is part of what the others are told of the step
         learner.observe(record)
         record.seconds["learn"] = time.perf_counter() - begin
-    if engine.observers:  # nobody else wants to know
-        record.rate, record.best_rate = rates(engine.capacity, record)
     for observe in engine.observers:
         observe(record)
 
