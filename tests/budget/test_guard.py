@@ -117,6 +117,16 @@ def test_it_drafts_where_drafts_pay():
     assert sum(len(rows) == 4 for rows in traffic.drafted) > 280  # all but the plain steps it compares with
 
 
+def test_reading_a_prompt_is_no_plain_step_to_compare_with():
+    """One short text after the other: a step that only reads must not put off the plain one that is due."""
+    traffic = Traffic(Machine(per_token=0.02, per_draft=0.02), [0.8])
+    reading = StepRecord(load=Load(50, 1, 0, 0.0, 50), num_tokens=50, num_prompt_tokens=50, seconds={"target": 2.0})
+    for _ in range(60):
+        traffic.run(8)
+        traffic.guard.observe(reading)
+    assert sum(not rows for rows in traffic.drafted[240:]) >= 2
+
+
 @pytest.mark.parametrize("num_requests", [1, 8, 32])
 def test_it_is_not_slower_than_plain_decoding_where_they_do_not(num_requests):
     traffic = Traffic(Machine(per_token=1.0, per_draft=0.3, base=0.2), [0.4] * num_requests)

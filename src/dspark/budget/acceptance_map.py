@@ -122,5 +122,5 @@ class OwnRecords:
                 a, b = self._records.get(request.id, (0.0, 0.0))
                 # Missed although an offset of its own was counted in: what that explained is added back.
                 self._records[request.id] = (_RECORD_FADE * a + miss + e * offset, _RECORD_FADE * b + e)
-        for request_id in list(self._records)[: max(0, len(self._records) - _MOST_RECORDS)]:
-            del self._records[request_id]  # the oldest: a cancelled request is not seen again
+        while len(self._records) > _MOST_RECORDS:
+            del self._records[next(iter(self._records))]  # the oldest: a cancelled request is not seen again

@@ -170,16 +170,18 @@ class LiveBeliefs:
         w = np.concatenate([self._weights(o) for o in self._waiting])
         y, believed = (np.concatenate([getattr(o, f) for o in self._waiting]) for f in ("happened", "believed"))
         places = np.concatenate([o.asked.stated.place[o.rows, o.columns] for o in self._waiting])
-        classes = np.array([o.asked.classes[b] for o in self._waiting for b in o.rows], dtype=object)
         rounds = [o.asked.classes[b] for o in self._waiting for b in o.drafts]
+        is_mixed = any(name != _EVERYONE for name in rounds)
+        classes = np.array([o.asked.classes[b] for o in self._waiting for b in o.rows if is_mixed], dtype=object)
         self._waiting.clear()
         self._num_waiting = 0
         self.running_error.add(places, believed, y)
         w = w * self._fair_share(w)
-        for name in dict.fromkeys((_EVERYONE, *rounds)):
-            rows = np.ones(len(y), bool) if name == _EVERYONE else classes == name
-            num_rounds = len(rounds) if name == _EVERYONE else rounds.count(name)
-            if self.classes[name].learn(x[rows], y[rows], w[rows], num_rounds):
+        if self.classes[_EVERYONE].learn(x, y, w, len(rounds)):
+            self._log_alarm(_EVERYONE)
+        for name in dict.fromkeys(name for name in rounds if name != _EVERYONE):
+            rows = classes == name
+            if self.classes[name].learn(x[rows], y[rows], w[rows], rounds.count(name)):
                 self._log_alarm(name)
 
     def _log_alarm(self, name: str) -> None:
@@ -195,15 +197,16 @@ class LiveBeliefs:
         self._logged_at[name] = learner.num_rounds
 
     def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
-        draft = Draft(kept, kept.sum(1), parents=record.parents)
         happened, seen = accepted.numpy(), kept.numpy().copy()
         if record.parents is None:
             seen[:, 1:] &= happened[:, :-1]
         else:
+            draft = Draft(kept, kept.sum(1), parents=record.parents)
             seen &= parent_survival(draft, accepted.double()).numpy() > 0
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
-                seen[b] &= draft.depth[b].numpy() <= len(request.tokens) - asked.num_tokens[b]
+                depth = Draft(kept, kept.sum(1), parents=record.parents).depth[b].numpy()
+                seen[b] &= depth <= len(request.tokens) - asked.num_tokens[b]
         rows, columns = np.nonzero(seen)
         chosen = None if record.chosen is None else record.chosen.numpy()
         if chosen is not None and record.chosen is not record.kept:

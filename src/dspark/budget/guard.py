@@ -164,7 +164,7 @@ class Guard:
         """Learn how drafts fare, and what they cost beside plain steps."""
         self._waiting.append(_Seen(self._now, record, self._asked, self._kinds))
         self._num_judged += len(self._asked)
-        if not self._asked:
+        if not self._asked and record.request_ids and not record.num_prompt_tokens:
             self._last_plain = self._now
         self._asked = frozenset()
         if len(self._waiting) >= _TOGETHER:

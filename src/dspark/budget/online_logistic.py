@@ -52,14 +52,14 @@ class OnlineLogistic:
 
     def learn(self, x: Array, happened: Array, weights: Array, num_rounds: int) -> bool:
         """Take in labels [N] of `num_rounds` rounds; whether they show that the law has changed."""
-        has_drifted = self._watch(x, happened, num_rounds)
+        predicted = sigmoid(x @ self.coefficients)
+        has_drifted = self._watch(x, happened, predicted, num_rounds)
         if has_drifted:
             self.information *= _KEPT_AT_ALARM
             self.num_alarms += 1
         kept = np.exp(-num_rounds / self.memory)
         self.information *= kept
         self.num_rounds += num_rounds
-        predicted = sigmoid(x @ self.coefficients)
         # Fading past labels leaves the prior a pull that they had balanced.
         pull = (1.0 - (kept * _KEPT_AT_ALARM if has_drifted else kept)) * self.prior_precision
         gradient = x.T @ (weights * (happened - predicted)) - pull * (self.coefficients - self.prior)
@@ -78,9 +78,8 @@ class OnlineLogistic:
     def _squares(self) -> Array:
         return self.surprise**2 / np.maximum(self.surprise_variance, 1.0)
 
-    def _watch(self, x: Array, happened: Array, num_rounds: int) -> bool:
-        kept = np.exp(-num_rounds / _RECENT)
-        watched, predicted = x[:, : self.num_watched], sigmoid(x @ self.coefficients)
+    def _watch(self, x: Array, happened: Array, predicted: Array, num_rounds: int) -> bool:
+        kept, watched = np.exp(-num_rounds / _RECENT), x[:, : self.num_watched]
         self.surprise = kept * self.surprise + watched.T @ (happened - predicted)
         self.surprise_variance = kept**2 * self.surprise_variance + (watched**2).T @ (predicted * (1.0 - predicted))
         self.usual_square += (1.0 - np.exp(-num_rounds / _USUAL)) * (float(self._squares.mean()) - self.usual_square)
