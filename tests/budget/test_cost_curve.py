@@ -157,3 +157,19 @@ def test_one_step_is_enough_to_begin_with():
     assert predicted(curve, 8, 1, 100) == pytest.approx(3e-3, rel=0.35)
     curve.observe(1, 1, 100, 2e-3)
     assert predicted(curve, 8, 1, 100) > predicted(curve, 1, 1, 100)
+
+
+def test_a_size_costs_alone_what_it_costs_among_others():
+    curve, sizes = learned(stairs), np.array([0, 1, 5, 8, 9, 13, 100, 700, 8192, 20_000])
+    for requests, context in ((1, 0), (3, 700), (32, 9000)):
+        alone = [curve.seconds_of(int(size), requests, context) for size in sizes]
+        assert curve.seconds(sizes, requests, context) == pytest.approx(alone)
+
+
+def test_what_a_fit_says_is_worked_out_once_for_all_sizes():
+    curve = learned(straight)
+    curve.fit()
+    for size in (1, 8, 64, 512, 4096):
+        curve.seconds(np.arange(1, size + 1), 8, 900)
+        curve.seconds_of(size, 8, 900)
+    assert len(curve._tables) == 1

@@ -8,11 +8,12 @@ what was measured, kept by place; a common speed factor follows the machine.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ _LEAST_SECONDS = 1e-7  # what clocks that leap have taught may say 0, by which o
 _SO_OFTEN = 5
 _LARGEST = 1e12  # tokens or seconds: more is nothing that anybody measured
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
+_KNOT_LIST = _KNOTS.tolist()
+_NUM_SMOOTH = 6  # terms before the ramps
 
 
 @dataclass
@@ -70,6 +73,20 @@ class Place:
         return self.median if self.num == _MEDIAN_OF else self.expected
 
 
+class _Measured(NamedTuple):
+    """Of all places with about so many requests, beside what the terms say of them.
+
+    context_places, num, freshness, excess [P]  the last is the log of measured over believed seconds
+    nearness [P, knots]                         how much each says of each size
+    """
+
+    context_places: NDArray[np.int64]
+    num: Floats
+    freshness: Floats
+    excess: Floats
+    nearness: Floats
+
+
 def _shorter_median(values: list[float]) -> float:
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 2]  # of two the shorter: what is added by chance makes steps longer
@@ -86,7 +103,11 @@ class CostCurve:
         self._recent: deque[tuple[Place, float]] = deque(maxlen=_SPEED_FROM)
         self._weights = np.zeros(0)
         self._fitted_at, self._fit_after = 0, 1
-        self._tables: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
+        self._by_size = np.zeros(0)  # what the terms of size say at each knot
+        self._tables: dict[
+            tuple[int, int], tuple[Floats, Floats]
+        ] = {}  # by requests and place of context, since the fit
+        self._measured: dict[int, _Measured | None] = {}  # by place of requests, since the fit
 
     @property
     def is_known(self) -> bool:
@@ -133,20 +154,24 @@ class CostCurve:
         """[n]  seconds of steps of these sizes [n]; all 1 while nothing is known."""
         if not len(self._weights):
             return np.ones(len(sizes))
-        table, per_context = self._table_up_to(int(sizes[-1]), requests, context)  # sizes rise
-        where = np.asarray(sizes, dtype=np.int64)
-        return np.maximum((table[where] + context * per_context[where]) * self.speed, _LEAST_SECONDS)
+        flat, per_context = self._at_knots(requests, context)
+        return np.maximum(np.interp(sizes, _KNOTS, flat + context * per_context) * self.speed, _LEAST_SECONDS)
 
     def seconds_of(self, size: int, requests: int, context: int) -> float:
         """The same for one step, without arrays: it is asked several times a step."""
         if not len(self._weights):
             return 1.0
-        table, per_context = self._table_up_to(size, requests, context)
-        return max(float(table[size] + context * per_context[size]) * self.speed, _LEAST_SECONDS)
+        flat, per_context = self._at_knots(requests, context)
+        right = min(max(1, bisect_left(_KNOT_LIST, size)), len(_KNOT_LIST) - 1)
+        low, high = _KNOT_LIST[right - 1 : right + 1]
+        share = min(max(0.0, (size - low) / (high - low)), 1.0)
+        below, above = (float(flat[k] + context * per_context[k]) for k in (right - 1, right))
+        return max((below + share * (above - below)) * self.speed, _LEAST_SECONDS)
 
     def fit(self) -> None:
         """Fit the terms to the medians of all places, in relative error."""
         self._tables.clear()
+        self._measured.clear()
         places = list(self._places.values())
         at = np.array([(p.size, p.requests, p.context) for p in places])
         seconds = np.array([p.median for p in places])
@@ -157,6 +182,8 @@ class CostCurve:
         gram = weighted.T @ x + np.diag(_reluctance(x.shape[1]))
         start = self._weights / typical if len(self._weights) else np.zeros(len(gram))
         self._weights = nonnegative_least_squares(gram, weighted.sum(0), start) * typical
+        self._by_size = self._weights[0] + _KNOTS / 32 * self._weights[1]
+        self._by_size[1:] += np.cumsum(self._weights[_NUM_SMOOTH:])
         for place in places:
             place.is_fitted = True
 
@@ -240,43 +267,56 @@ class CostCurve:
         self._recent.clear()
         return True
 
-    def _table_up_to(self, size: int, requests: int, context: int) -> tuple[Floats, Floats]:
-        key = (max(16, 1 << size.bit_length()), requests, _context_place(context))
+    def _at_knots(self, requests: int, context: int) -> tuple[Floats, Floats]:
+        """Seconds at each knot without context, and per context token, at speed 1; straight lines lie between them."""
+        key = requests, _context_place(context)
         if key not in self._tables:
             self._tables[key] = self._table(*key)
         return self._tables[key]
 
-    def _table(self, num_sizes: int, requests: int, context_place: int) -> tuple[Floats, Floats]:
-        """Seconds by size 0 .. num_sizes without context, and seconds per context token, at speed 1."""
-        knots = _KNOTS[: np.searchsorted(_KNOTS, num_sizes) + 1]  # straight lines between them
-        many = np.full(len(knots), float(requests))
-        flat = _terms(knots, many, np.zeros(len(knots))) @ self._weights
-        one = _terms(knots, many, np.ones(len(knots))) @ self._weights
-        flat, per_context = self._corrected(knots, flat, one - flat, requests, context_place)
-        sizes = np.arange(num_sizes + 1)
-        return np.interp(sizes, knots, flat), np.interp(sizes, knots, per_context)
+    def _table(self, requests: int, context_place: int) -> tuple[Floats, Floats]:
+        w = self._weights
+        flat = self._by_size + ((requests > 1) * w[2] + requests / 32 * w[3])
+        per_context = (w[4] + w[5] * _KNOTS / requests) / 4096
+        return self._corrected(flat, per_context, requests, context_place)
 
-    def _corrected(
-        self, sizes: Floats, flat: Floats, per_context: Floats, requests: int, context_place: int
-    ) -> tuple[Floats, Floats]:
+    def _corrected(self, flat: Floats, per_context: Floats, requests: int, context_place: int) -> tuple[Floats, Floats]:
         """Closer to what was measured with as many requests, where the terms do not tell all."""
-        own = [(key, p) for key, p in self._places.items() if key[1] == _request_place(requests)]
-        if not own:
+        many = _request_place(requests)
+        if many not in self._measured:
+            self._measured[many] = self._measured_with(many)
+        measured = self._measured[many]
+        if measured is None:
             return flat, per_context
-        at = np.array([(p.size, p.requests, p.context) for _, p in own])
+        trust = measured.num / (1 + 3 * (measured.context_places - context_place) ** 2)
+        fresh = trust * measured.freshness
+        num, weight, excess = np.stack([trust, fresh, fresh * measured.excess]) @ measured.nearness
+        factor = np.exp(excess / (weight + 1e-9) * num / (num + 1.0))
+        return rising(flat * factor, weight + 1e-3), np.maximum.accumulate(per_context * factor)
+
+    def _measured_with(self, many: int) -> _Measured | None:
+        own = [(key[2], p) for key, p in self._places.items() if key[1] == many]
+        if not own:
+            return None
+        context_places, places = zip(*own, strict=True)
+        at = np.array([(p.size, p.requests, p.context) for p in places])
         believed = _terms(at[:, 0], at[:, 1], at[:, 2]) @ self._weights
-        excess = np.log(np.array([p.median for _, p in own]) / np.maximum(believed, 1e-12))
-        trust = np.array([p.num / (1 + 3 * (key[2] - context_place) ** 2) for key, p in own])
+        excess = np.log(np.array([p.median for p in places]) / np.maximum(believed, 1e-12))
         # Nearby sizes share, those that were seen lately before others; far from all of them the terms are left alone.
-        distance = np.log2(sizes[:, None] / at[None, :, 0])
-        weight = trust * np.exp(-((distance / 0.25) ** 2))
-        fresh, num = weight * self._freshness([p for _, p in own]), weight.sum(1)
-        factor = np.exp((fresh @ excess) / (fresh.sum(1) + 1e-9) * num / (num + 1.0))
-        return rising(flat * factor, fresh.sum(1) + 1e-3), np.maximum.accumulate(per_context * factor)
+        distance = np.log2(_KNOTS / at[:, :1])
+        return _Measured(
+            np.array(context_places),
+            np.array([p.num for p in places], dtype=float),
+            self._freshness(places),
+            excess,
+            np.exp(-((distance / 0.25) ** 2)),
+        )
 
 
 def rising(values: Floats, weights: Floats) -> Floats:
     """The nearest values that never fall (pool adjacent violators, Ayer et al. 1955): where they do, weights decide."""
+    if (values[1:] >= values[:-1]).all():
+        return values
     pools: list[tuple[float, float, int]] = []  # value, weight, how many
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         num = 1
@@ -328,7 +368,7 @@ def _terms(sizes: Floats, requests: Floats, context: Floats) -> Floats:
 def _reluctance(num_terms: int) -> Floats:
     """How little each term is to be used without need: straight lines before ramps, so that gaps are bridged by them."""
     reluctance = np.full(num_terms, 1e-1)
-    reluctance[:6] = [1e-4, 1e-4, 1e-2, 1e-3, 1e-3, 1e-3]
+    reluctance[:_NUM_SMOOTH] = [1e-4, 1e-4, 1e-2, 1e-3, 1e-3, 1e-3]
     return reluctance
 
 
