@@ -117,6 +117,24 @@ def test_cost_per_token_does_not_grow(token_ids: list[int]) -> None:
     assert tokenizer.num_decoded < 70 * len(token_ids)
 
 
+def test_a_token_is_decoded_once_where_tokens_are_just_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, token_ids = AutoTokenizer.from_pretrained(TARGET), TOKENIZER("a b a b a b 😀")["input_ids"]
+    decoded: list[list[int]] = []
+
+    class Backend:
+        decoder = tokenizer.backend_tokenizer.decoder
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            decoded.append(ids)
+            return str(TOKENIZER.backend_tokenizer.decode(ids, **options))
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Backend())
+    assert "".join(streamed(tokenizer, token_ids, [1])) == "a b a b a b 😀"
+    decoded.clear()
+    assert "".join(streamed(tokenizer, token_ids, [1])) == "a b a b a b 😀"  # another text in the same tokens
+    assert decoded and all(REPLACEMENT in TOKENIZER.decode(ids[:1]) for ids in decoded)  # the parts of 😀
+
+
 # -- stop strings ---------------------------------------------------------------------------------------------------
 
 stop_lists = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3)

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+from pydantic_core import to_json
+
 from dspark.serve.body import Body
+from dspark.serve.replies import Head, around_text, event
 
 
 class Client:
@@ -65,3 +69,16 @@ def test_what_a_client_never_read_is_given_up() -> None:
         assert client.got == [] and len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("model", ["tiny", 'a "" name, "content":""', ""])
+@pytest.mark.parametrize("kind", ["chat.completion", "text_completion"])
+def test_two_events_of_a_choice_differ_in_their_text_alone(kind: str, model: str) -> None:
+    def written(text: str) -> bytes:
+        said = {"delta": {"content": text}} if kind == "chat.completion" else {"text": text}
+        return event(head.chunk([{"index": 3, **said, "logprobs": None, "finish_reason": None}]))
+
+    head = Head(kind, model)
+    before, after = around_text(written(""))
+    for text in ("river", 'a "quoted" \\ \n', "😀", '""'):
+        assert before + to_json(text) + after == written(text)

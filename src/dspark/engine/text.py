@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from dspark.errors import InvalidRequest
@@ -23,6 +25,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UNFINISHED = 3
 _MAX_WINDOW = 16  # tokens decoded again each time
 _MAX_UNFINISHED_WINDOW = 64
+_TEXTS_OF_TOKENS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 def render_prompt(
@@ -127,12 +130,13 @@ class Detokenizer:
 
     The pieces and `flush()` together are `tokenizer.decode` of all ids. What a token says can depend on its
     predecessors (unfinished characters, SentencePiece's leading space), so a short window is decoded again each time,
-    from a point where text and tokens were in step: constant cost per token. `context`: tokens before the first one,
-    for text that continues a raw prompt.
+    from a point where text and tokens were in step: constant cost per token. Where tokens are just bytes, the text of
+    each is looked up, and only those that hold part of a character are decoded together. `context`: tokens before the
+    first one, for text that continues a raw prompt.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        self._decode = _decoder(tokenizer)
+        self._decode, self._texts = _decoder(tokenizer), _texts_of_tokens(tokenizer)
         self._window = list(context[-8:])
         text = self._decode(self._window) if self._window else ""
         self._num_emitted = len(text)  # characters of decode(window) that have been handed out
@@ -143,6 +147,8 @@ class Detokenizer:
         new = list(token_ids)
         if not new:
             return ""
+        if self._texts is not None and not self._window and _REPLACEMENT not in (alone := self._alone(new)):
+            return alone
         text = self._decode([*self._window, *new])
         if len(new) > 1 and text.endswith(_REPLACEMENT):
             # One by one: a long run of bytes has to be seen at the moments when no character is open.
@@ -154,7 +160,9 @@ class Detokenizer:
         piece = text[self._num_emitted : num_certain]
         self._num_emitted = max(self._num_emitted, num_certain)
         if num_certain == len(text):
-            if not piece and len(self._window) > _MAX_WINDOW:
+            if self._texts is not None:  # what follows does not depend on this
+                self._window, self._num_emitted, self._restart, self._in_step = [], 0, 0, 0
+            elif not piece and len(self._window) > _MAX_WINDOW:
                 del self._window[-len(new) :]  # special tokens without end: they add nothing, but time
             elif piece:
                 self._restart, self._in_step = self._in_step, len(self._window)
@@ -171,6 +179,15 @@ class Detokenizer:
         self._num_emitted = max(self._num_emitted, len(text))
         return rest
 
+    def _alone(self, token_ids: list[int]) -> str:
+        """Their texts one after the other, looked up."""
+        texts = self._texts
+        assert texts is not None
+        for token_id in token_ids:
+            if token_id not in texts:
+                texts[token_id] = self._decode([token_id])
+        return "".join([texts[token_id] for token_id in token_ids])
+
     def _cut(self, start: int, num_held: int) -> None:
         """Drop the window's first tokens; the last `num_held` characters of its text have not been handed out."""
         del self._window[:start]
@@ -180,11 +197,22 @@ class Detokenizer:
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """Token ids to text, special tokens left out. Without cleaning up spaces: that looks ahead, and shown text would change."""
-    kind = type(tokenizer)
-    if kind.decode is PreTrainedTokenizerFast.decode and kind._decode is PreTrainedTokenizerFast._decode:
-        # What these two then do, and they take longer to find out that there is nothing else to do.
+    if _decodes_as_usual(tokenizer):
+        # What its two methods then do, and they take longer to find out that there is nothing else to do.
         return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _texts_of_tokens(tokenizer: Any) -> dict[int, str] | None:
+    """Where the text of tokens is kept once it has been looked up; None: it can depend on other tokens."""
+    if not _decodes_as_usual(tokenizer) or not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        return None
+    return _TEXTS_OF_TOKENS.setdefault(tokenizer, {})
+
+
+def _decodes_as_usual(tokenizer: Any) -> bool:
+    kind = type(tokenizer)
+    return bool(kind.decode is PreTrainedTokenizerFast.decode and kind._decode is PreTrainedTokenizerFast._decode)
 
 
 class StopStrings:

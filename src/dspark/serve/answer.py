@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dspark.engine.marks import DraftMarks
 from dspark.serve.body import Body
 from dspark.serve.faults import ApiError
-from dspark.serve.replies import DONE, Head, TokenNames, event, speculation, usage
+from dspark.serve.replies import DONE, Head, TokenNames, around_text, event, speculation, usage
 from dspark.serve.run import Run, unless_gone
 from dspark.serve.tools import Piece, Voice, merged
 from dspark.serve.wire import StreamOptions
@@ -40,6 +41,9 @@ class Answer:
         self._marks = None if marks is None else [marks() for _ in run.requests]
         self._echoed = echoed
         self._usage_everywhere = False
+        self._around: dict[
+            int, tuple[bytes, bytes]
+        ] = {}  # of a choice: what comes before and after the text of an event
 
     async def whole(self) -> dict[str, Any]:
         """The one object that a request without streaming gets."""
@@ -132,6 +136,15 @@ class Answer:
         return events
 
     def _event(self, index: int, piece: Piece, **fields: Any) -> bytes:
+        if fields or piece.keys() != {"content"} or self._usage_everywhere:
+            return self._written(index, piece, **fields)
+        # Most events: between two of a choice only the text changes.
+        if index not in self._around:
+            self._around[index] = around_text(self._written(index, {"content": ""}))
+        before, after = self._around[index]
+        return before + to_json(piece["content"]) + after
+
+    def _written(self, index: int, piece: Piece, **fields: Any) -> bytes:
         said = {"delta": piece} if self.head.is_chat else {"text": piece.get("content", "")}
         chunk = self.head.chunk([{"index": index, **said, "logprobs": None, "finish_reason": None, **fields}])
         return event({**chunk, "usage": self.usage} if self._usage_everywhere else chunk)
@@ -155,14 +168,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(send))
+            await unless_gone(receive, self._send_all(send, scope["state"]["send_on"]))
         finally:
             self._answer.run.close()
             self._log.update(self._answer.log_fields)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_on: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = Body(send)
+        body = Body(send_on)
         try:
             await self._answer.stream(self._options, body.write)
             await body.end()

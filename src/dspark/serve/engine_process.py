@@ -177,9 +177,11 @@ class EngineProcess:
         """What a step brought: of each request its number, facts with its last delta, and a delta's fields."""
         from dspark.types import Delta
 
-        for number, facts, *fields in parts:
+        for number, facts, text, tokens, is_drafted, reason, *others in parts:
             request, sink, arrival = self._running[number]
-            delta = _with_text(request, Delta._make(fields))
+            if request.text is not None:
+                text = _text_of(request, tokens, is_last=reason is not None)
+            delta = ended("error") if text is None else Delta(text, tokens, is_drafted, reason, *others)
             request.tokens += delta.token_ids
             request.is_drafted += delta.is_drafted
             request.logprobs += delta.logprobs
@@ -241,14 +243,14 @@ def _asked(request: Request) -> Any:
     return request.id, request.tokens, params, None if grammar is None else grammar.text
 
 
-def _with_text(request: Request, delta: Delta) -> Delta:
-    if request.text is None:
-        return delta
+def _text_of(request: Request, tokens: list[int], is_last: bool) -> str | None:
+    """What they add to a text that is made here; None: the request fails."""
+    assert request.text is not None
     try:
-        return delta._replace(text=request.text.take(delta.token_ids, delta.finish_reason is not None))
+        return request.text.take(tokens, is_last)
     except Exception:  # of this request alone; its client hears of it, and then it is cancelled
         log.exception("request %d fails: its tokens could not be turned into text", request.id)
-        return ended("error")
+        return None
 
 
 @contextmanager

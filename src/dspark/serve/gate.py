@@ -22,7 +22,11 @@ _SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. Routes may put fields for the log into `request.state.log`."""
+    """ASGI middleware. Routes may put fields for the log into `request.state.log`.
+
+    A response that has begun may go on by `request.state.send_on`, past what only looks at its start: everything between a
+    route and the socket would be called for every event of a stream.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self.app, self.settings = app, settings
@@ -36,7 +40,7 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         fields: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, log=fields)
+        scope.setdefault("state", {}).update(request_id=request_id, log=fields, send_on=send)
         status, began = 0, time.monotonic()
         # What GET would say, of which uvicorn sends the head: load balancers look whether a server is there by it.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope

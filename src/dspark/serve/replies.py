@@ -50,6 +50,12 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"  # several times as fast as `json`
 
 
+def around_text(event: bytes) -> tuple[bytes, bytes]:
+    """What comes before and after the text of an event, which is empty in this one: no other string follows it."""
+    before, _, after = event.rpartition(b'""')
+    return before, after
+
+
 DONE = b"data: [DONE]\n\n"
 
 
