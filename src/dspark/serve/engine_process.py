@@ -25,7 +25,7 @@ from dspark.serve.messages import Unpacker, packed, received
 if TYPE_CHECKING:  # the child should be on its way before this process reads libraries for HTTP and text
     from dspark.engine.intake import Intake
     from dspark.serve.backend import Sink, Watched
-    from dspark.types import Delta, Request, SamplingParams
+    from dspark.types import Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
