@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma4TextConfig, GPT2Config, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, Gemma4TextConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from dspark.checkpoints.prompt_format import fingerprint, template_fingerprint, tokenizer_fingerprint
 from dspark.errors import CheckpointError, InvalidConfiguration
@@ -183,5 +185,22 @@ def test_the_mask_token_is_one_that_no_text_contains(target_folder: Path) -> Non
     assert find_mask_token(SimpleNamespace(mask_token_id=None, get_vocab=lambda: {"a": 0, "z": 2}), 3, "here") == 1
     tokenizer.mask_token = None
     assert find_mask_token(tokenizer, 320, "here") == 300  # the first one past the tokenizer
+    assert find_mask_token(tokenizer, 300, "here") == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert find_mask_token(tokenizer, 300, "here") == tokenizer.eos_token_id
     with pytest.raises(InvalidConfiguration, match="expected mask_token_id"):
-        find_mask_token(tokenizer, 300, "here")
+        find_mask_token(None, 300, "here")
+
+
+def test_the_mask_token_of_a_tokenizer_that_keeps_none_in_reserve() -> None:
+    """Those of Llama 2 and of the first Mistral spell in bytes what they do not know, so <unk> is in no text."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<0x00>": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    assert find_mask_token(tokenizer, 5, "here") == 0
+    tokenizer.unk_token = "</s>"
+    assert find_mask_token(tokenizer, 5, "here") == 2

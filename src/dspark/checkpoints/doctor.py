@@ -266,5 +266,5 @@ def _notes(checkpoint: Checkpoint, target: Target) -> list[str]:
     settings: dict[str, Any] = {**checkpoint.config, **(checkpoint.config.get("dflash_config") or {})}
     mask = settings.get("mask_token_id")
     if tokenizer is not None and mask in target.end_token_ids:
-        notes.append(f"its mask token {mask} is one of the target's end tokens: check mask_token_id")
+        notes.append(f"its mask token {mask} is one of the target's end tokens: right only if it was trained so")
     return notes

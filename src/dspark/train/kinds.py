@@ -89,18 +89,29 @@ def spread_layers(num_layers: int) -> list[int]:
 
 
 def find_mask_token(tokenizer: Any, vocab_size: int, where: str) -> int:
-    """A token that no text contains: the tokenizer's mask, the first id it does not know, or one it keeps unused."""
-    own = getattr(tokenizer, "mask_token_id", None)
-    if own is not None and own < vocab_size:
-        return int(own)
+    """A token that no text contains: the tokenizer's mask, the first id it does not know, or one it keeps unused.
+
+    Where there is none of these: the unknown token of a tokenizer that spells in bytes what it does not know, the
+    padding, or the end token, after which nothing is drafted.
+    """
     if tokenizer is not None:
-        known = {*tokenizer.get_vocab().values()}  # ids may leave gaps
+        own = tokenizer.mask_token_id
+        if own is not None and own < vocab_size:
+            return int(own)
+        vocabulary = tokenizer.get_vocab()
+        known = {*vocabulary.values()}  # ids may leave gaps
         unknown = next((token_id for token_id in range(vocab_size) if token_id not in known), None)
         if unknown is not None:
             return unknown
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
             if _NEVER_TEXT.search(str(token)):
                 return int(token_id)
+        spelt = tokenizer.unk_token_id if "<0x00>" in vocabulary else None
+        for token_id in (spelt, tokenizer.pad_token_id):
+            if token_id not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+                return int(token_id)
+        if tokenizer.eos_token_id is not None:
+            return int(tokenizer.eos_token_id)
     raise InvalidConfiguration(
         f"{where}: expected mask_token_id, an id that no text contains; this tokenizer has no token of that kind: "
         "name one that your texts never use"
