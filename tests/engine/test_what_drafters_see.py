@@ -157,7 +157,7 @@ def test_drafters_know_what_reading_it_all_tells(
     target, folder, prompts, params, texts, kind, prefix_tokens, num_slots, monkeypatch
 ):
     monkeypatch.setattr(drafting, "_MOST_UNREAD", 6)
-    monkeypatch.setattr(drafting, "_MOST_LOOSE", 3)
+    monkeypatch.setattr(drafting, "_MOST_HELD", 40)
     rng, records, limit = random.Random(kind), [], target.cache.limit
     target.resize(num_slots)
     spy = spy_on(kind, target, folder, texts)

@@ -12,14 +12,14 @@ import torch
 from dspark.budget.guard import Guard
 from dspark.target.target import Target
 from dspark.transfer import together_on_device
-from dspark.types import Draft, Drafter, Request, Rule, StepRecord
+from dspark.types import Draft, Drafter, FeaturePiece, Request, Rule, StepRecord
 
 log = logging.getLogger(__name__)
 
 # Positions of one request whose features are kept while the drafter is not asked about it. They take about as much
 # memory as the drafter's own keys and values would, and reading them for nothing takes time from everybody.
 _MOST_UNREAD = 4096
-_MOST_LOOSE = 16  # pieces; each holds on to the features of a whole step until they are joined
+_MOST_HELD = 2048  # positions of steps whose features are held on to for the sake of pieces of them
 
 
 class Drafting:
@@ -78,14 +78,18 @@ class Drafting:
         """Whether any of them goes on without drafts, because the drafter failed on it."""
         return any(r.id in self._failed for r in requests)
 
-    def keep_features(self, request: Request, features: torch.Tensor) -> None:
-        """Remember features [n, F] of the positions just committed until the drafter has read them."""
-        if request.id not in self._failed:
-            request.feature_pieces.append(features)
-            request.num_loose += 1
-            if request.num_loose >= _MOST_LOOSE:  # joined among themselves: what came before them is not copied again
-                request.feature_pieces[-_MOST_LOOSE:] = [torch.cat(request.feature_pieces[-_MOST_LOOSE:])]
-                request.num_loose = 0
+    def keep_features(self, request: Request, piece: FeaturePiece) -> None:
+        """Remember features of the positions just committed until the drafter has read them."""
+        if request.id in self._failed:
+            return
+        request.feature_pieces.append(piece)
+        request.num_loose += 1
+        request.num_held += len(piece.features)
+        if request.num_held > _MOST_HELD:  # joined among themselves: what came before them is not copied again
+            loose = request.feature_pieces[-request.num_loose :]
+            joined = loose[0].cut.clone() if len(loose) == 1 else torch.cat([p.cut for p in loose])
+            request.feature_pieces[-request.num_loose :] = [FeaturePiece(joined, 0, len(joined))]
+            request.num_loose = request.num_held = 0
 
     def forget(self, request: Request) -> None:
         """The request has ended, or must be read again from the start."""
@@ -93,7 +97,7 @@ class Drafting:
         self._failed.discard(request.id)
         request.features, request.features_start = None, 0
         request.feature_pieces.clear()
-        request.num_loose = 0
+        request.num_loose = request.num_held = 0
 
     def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
         try:
@@ -162,10 +166,10 @@ def _join_features(request: Request) -> int:
     """Make one tensor of the pieces; how many positions it has."""
     if request.feature_pieces:
         pieces = [] if request.features is None else [request.features]
-        pieces += request.feature_pieces
+        pieces += [piece.cut for piece in request.feature_pieces]
         request.features = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         request.feature_pieces.clear()
-        request.num_loose = 0
+        request.num_loose = request.num_held = 0
     return 0 if request.features is None else len(request.features)
 
 

@@ -12,7 +12,7 @@ from dspark.engine.prefix_cache import PrefixCache
 from dspark.sampling import token_logprobs
 from dspark.target.target import Extension, Target
 from dspark.transfer import on_device
-from dspark.types import Draft, Request, Round, Span, StepRecord, Verdict
+from dspark.types import Draft, FeaturePiece, Request, Round, Span, StepRecord, Verdict
 
 
 class Ledger:
@@ -34,7 +34,7 @@ class Ledger:
             return
         features = self.prefixes.attach(request)
         if features is not None:
-            self.drafting.keep_features(request, features)
+            self.drafting.keep_features(request, FeaturePiece(features, 0, len(features)))
         if not request.has_begun:  # one that was preempted finds itself
             request.has_begun = True
             record.num_prefix_asked += request.num_prompt_tokens
@@ -53,12 +53,11 @@ class Ledger:
         sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
         next_tokens = verdict.next_tokens.tolist()
         parents = None if draft.parents is None else draft.parents.tolist()
-        lengths = [len(span.tokens) for span in spans]
-        features = [None] * len(spans) if out.features is None else out.features.split(lengths)
-        first_row, b = 0, 0
-        for request, span, own in zip(requests, spans, features, strict=True):
+        first_row, b, end = 0, 0, 0
+        for request, span in zip(requests, spans, strict=True):
+            first, end = end, end + len(span.tokens)
             if not span.num_logits:
-                self._cache(request, span, range(len(span.tokens)), own)
+                self._cache(request, span, range(len(span.tokens)), out.features, first)
                 continue
             nodes = [k for k, is_kept in enumerate(kept[b]) if is_kept]
             path = [i for i, node in enumerate(nodes) if accepted[b][node]]  # places among the kept tokens
@@ -70,12 +69,12 @@ class Ledger:
             if request.params.logprobs is not None:
                 rows = on_device([first_row, *(first_row + 1 + i for i in path)], out.logits.device)
                 logprobs = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
-            self._cache(request, span, chosen, own)
+            self._cache(request, span, chosen, out.features, first)
             # What takes long lies behind: an interrupt hardly ever finds a round half written.
             request.logprobs += logprobs
             if request.generated:
-                end = nodes[path[-1]] if path else -1
-                is_cut_short = None if parents is None else all(parents[b][node] != end for node in nodes)
+                last = nodes[path[-1]] if path else -1
+                is_cut_short = None if parents is None else all(parents[b][node] != last for node in nodes)
                 request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
             self._append(request, drafted, next_tokens[b])
             first_row, b = first_row + span.num_logits, b + 1
@@ -100,20 +99,20 @@ class Ledger:
         self.drafting.forget(request)
         request.num_cached = 0
 
-    def _cache(self, request: Request, span: Span, chosen: Sequence[int], features: Tensor | None) -> None:
-        """Keep the chosen tokens of a span in the target's cache, and their features [n, F] for the drafter."""
+    def _cache(self, request: Request, span: Span, chosen: Sequence[int], features: Tensor | None, first: int) -> None:
+        """Keep the chosen tokens of a span in the target's cache, and their features for the drafter: those of the whole
+        step [T, F] have the span's from `first` on.
+        """
         if len(chosen) < len(span.tokens):
             self.target.keep(request.id, span.start, chosen)
         request.num_cached += len(chosen)
         if features is None:
             return
-        if chosen[-1] != len(chosen) - 1:  # not a run
-            features = features[on_device(list(chosen), features.device)]
-        elif len(chosen) < len(features):
-            features = features[: len(chosen)]
-        self.drafting.keep_features(request, features)
+        is_run = chosen[-1] == len(chosen) - 1
+        piece = FeaturePiece(features, first, len(chosen), None if is_run else [first + place for place in chosen])
+        self.drafting.keep_features(request, piece)
         if self.prefixes is not None:
-            self.prefixes.note(request, features)
+            self.prefixes.note(request, piece.cut)
 
     def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
         """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 from dspark.types.draft import Draft, Span, Verdict
 from dspark.types.ports import Beliefs, Drafter, PrefixScheduler, Rule
 from dspark.types.records import Load, Observer, RequestObserver, RequestRecord, StepRecord
-from dspark.types.request import Delta, Generation, Request, Round, TokenLogprobs
+from dspark.types.request import Delta, FeaturePiece, Generation, Request, Round, TokenLogprobs
 from dspark.types.sampling_params import Grammar, Matcher, SamplingParams
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Delta",
     "Draft",
     "Drafter",
+    "FeaturePiece",
     "Generation",
     "Grammar",
     "Load",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dspark.transfer import on_device
 from dspark.types.sampling_params import Matcher, SamplingParams
 
 
@@ -39,6 +40,29 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()  # likeliest first
 
 
+class FeaturePiece:
+    """One request's part of the features [T, F] of a step: first .. first+num-1, or `rows` where they are no run.
+
+    It is cut out when somebody reads it, which for most pieces is never.
+    """
+
+    __slots__ = ("features", "first", "num", "rows")
+
+    def __init__(self, features: Tensor, first: int, num: int, rows: Sequence[int] | None = None) -> None:
+        self.features, self.first, self.num, self.rows = features, first, num, rows
+
+    def __len__(self) -> int:
+        return self.num
+
+    @property
+    def cut(self) -> Tensor:
+        """[num, F]"""
+        if self.rows is not None:
+            return self.features[on_device(self.rows, self.features.device)]
+        is_all = self.num == len(self.features)
+        return self.features if is_all else self.features[self.first : self.first + self.num]
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence being generated.
@@ -55,8 +79,11 @@ class Request:
     num_cached: int = 0
     features: Tensor | None = None
     features_start: int = 0
-    feature_pieces: list[Tensor] = field(default_factory=list, repr=False)  # newer features, not yet joined to these
-    num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves
+    feature_pieces: list[FeaturePiece] = field(
+        default_factory=list, repr=False
+    )  # newer features, not yet joined to these
+    num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves,
+    num_held: int = 0  # and how many positions the steps have that they are pieces of
     rounds: list[Round] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on, where asked for
