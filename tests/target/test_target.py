@@ -103,6 +103,17 @@ def test_families_that_cannot_work_are_refused(family: str) -> None:
         check_parity(Target(model, name=family), plain)
 
 
+def test_a_state_beside_attention_is_refused_in_low_precision_too() -> None:
+    """In Falcon-H1 every layer has both, and logits without the state may differ less than bfloat16 rounds."""
+    shape = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    mamba = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    config = AutoConfig.for_model("falcon_h1", num_key_value_heads=2, ssm_out_multiplier=0.01, **shape, **mamba)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain = model.config._attn_implementation
+    with pytest.raises(UnsupportedModel, match="layers 0, 1 of 2 do not keep all"):
+        check_parity(Target(model, name="falcon_h1"), plain)
+
+
 def test_the_check_sees_a_wrong_mask(make_pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_pair("llama").target
     check_parity(target, "eager")
