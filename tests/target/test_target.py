@@ -114,6 +114,13 @@ def test_a_state_beside_attention_is_refused_in_low_precision_too() -> None:
         check_parity(Target(model, name="falcon_h1"), plain)
 
 
+def test_a_model_that_fails_by_itself_is_no_bare_traceback(make_pair: MakePair) -> None:
+    target = make_pair("llama").target
+    target.model.lm_head = torch.nn.Linear(7, 97)
+    with pytest.raises(UnsupportedModel, match="fails by itself, in plain transformers: RuntimeError"):
+        check_parity(target, "eager")
+
+
 def test_the_check_sees_a_wrong_mask(make_pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_pair("llama").target
     check_parity(target, "eager")

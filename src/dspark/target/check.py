@@ -49,6 +49,13 @@ def _alone(target: Target, texts: list[list[int]], plain_attention: str) -> list
     try:
         inputs = [torch.tensor([text], device=target.device) for text in texts]
         return [target.model(input_ids=ids, use_cache=False).logits[0].float() for ids in inputs]
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        raise UnsupportedModel(
+            f"{_named(target)} fails by itself, in plain transformers: {type(error).__name__}: {error}; its config.json "
+            "may be of another model or version"
+        ) from error
     finally:
         target.model.set_attn_implementation(attention.NAME)
 
