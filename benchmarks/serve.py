@@ -172,7 +172,7 @@ def _beside_engine(
         logged = log.next(len(asked))
         alone = own(engine, asked, clients, options.tokens)
         if repeat:  # the first turn warms both up
-            added.add(server, logged)
+            added.add(server, logged, alone.tokens, engine.target.tokenizer)
             sides[0].append(server)
             sides[1].append(alone)
     _print_sides(*sides, added)
@@ -255,7 +255,8 @@ def _print_sides(server: Sequence[Load], engine: Sequence[Load], added: Added) -
     print(
         f"{server[0].clients:3d} clients: server {speed:6.0f} tokens/s, {100 * share:.0f} % of the engine's {own_speed:.0f}; "
         f"first token {1000 * first:.1f} ms, of which the server's {_spread(added.first_token)}; "
-        f"added to an event {_spread(added.events)}; processor time per token {1000 * cpu:.2f} ms, "
+        f"added to an event {_spread(added.events)}, of which until it is at the client's socket "
+        f"{_spread(added.until_socket)}; processor time per token {1000 * cpu:.2f} ms, "
         f"{100 * (cpu / own_cpu - 1):+.0f} %, and {1000 * client:.2f} ms of the clients per event"
         + (
             f"; {added.num_left_out} requests of {sum(len(s.events) for s in server)} left out"

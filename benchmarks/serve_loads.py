@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import random
+import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -26,6 +28,7 @@ RAMP_SECONDS = 0.5  # over which clients of a closed loop begin, one after anoth
 # Clients of a closed loop read for up to so long before they ask again. One that asks at once comes when a step has just
 # begun, each time, and waits for all of it; the same arrivals meet the engine's steps anywhere.
 PAUSE_SECONDS = 0.1
+_SO_TIMESTAMPNS = 35  # which the socket module does not name
 Asked = Iterator[tuple[str, dict[str, Any]]]  # texts, and what else a request's body holds
 
 
@@ -38,6 +41,8 @@ class Load:
     client_seconds  processor time of the clients, who may share the server's cores
     arrivals        of requests: when they were sent
     events          of each request: when tokens of it came
+    at_socket       of each of a server's: when the client's socket had it, which then waits for the client
+    tokens          by seed: what the engine wrote
     """
 
     side: str
@@ -51,12 +56,15 @@ class Load:
     seeds: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     events: list[list[float]] = field(default_factory=list)
+    at_socket: list[list[float]] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
 
     def arrive(self, at: float, seed: int = 0) -> list[float]:
         """A request comes; where its events go."""
         self.seeds.append(seed)
         self.arrivals.append(at)
         self.events.append([])
+        self.at_socket.append([])
         return self.events[-1]
 
     @property
@@ -100,6 +108,7 @@ def own(engine: Engine, texts: Sequence[str], clients: int, tokens: int) -> Load
                 num_seen[request] = len(request.generated)
             if request.finish_reason:
                 load.num_tokens += len(request.generated)
+                load.tokens[request.seed] = request.generated
                 del running[request]
                 heappush(asks, now + pauses.uniform(0, PAUSE_SECONDS))
     load.seconds = time.perf_counter() - began
@@ -168,54 +177,75 @@ async def _ask(connection: Connection, load: Load, text: str, asked: dict[str, A
     body["stream_options"] = {"include_usage": True}
     written = json.dumps(body).encode()
     events, usage, rest = load.arrive(time.monotonic() - load.began, asked.get("seed", 0)), None, b""
+    at_socket = load.at_socket[-1]
     status, pieces = await connection.ask("/v1/chat/completions", written)
-    for at, piece in pieces:
+    for at, reached, piece in pieces:
         *whole, rest = (rest + piece).split(b"\n\n")
         for event in (json.loads(data[6:]) for data in whole if data.startswith(b"data: {")):
             usage = event.get("usage") or usage
             if any(choice["delta"].get("content") for choice in event.get("choices", ())):
                 events.append(at - load.began)
+                at_socket.append(reached - load.began)
     load.num_tokens += usage["completion_tokens"] if usage else len(events)
     if status != 200 or not events:
         print(f"a request failed with status {status}: {rest.decode(errors='replace')[:300]}", file=sys.stderr)
         load.num_failed += 1
 
 
-class Connection(asyncio.Protocol):
-    """HTTP/1.1 with next to no work for a piece of an answer, because clients share the server's cores: it is read later."""
+class Connection:
+    """HTTP/1.1 with next to no work for a piece of an answer, because clients share the server's cores: it is read later.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: Any = transport
+    On Linux the kernel says when the piece had come to the socket, before this process had a core to take it.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
         self._done = asyncio.get_running_loop().create_future()
+        if sys.platform == "linux":
+            connected.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        asyncio.get_running_loop().add_reader(connected, self._read)
 
-    async def ask(self, path: str, body: bytes) -> tuple[int, list[tuple[float, bytes]]]:
-        """The status, and pieces of the reply's body with the moments when they came."""
-        self._done, self._pieces = asyncio.get_running_loop().create_future(), list[tuple[float, bytes]]()
+    async def ask(self, path: str, body: bytes) -> tuple[int, list[tuple[float, float, bytes]]]:
+        """The status, and pieces of the reply's body with the moments when they were read and when they had come."""
+        self._done, self._pieces = asyncio.get_running_loop().create_future(), list[tuple[float, float, bytes]]()
         self._parser = httptools.HttpResponseParser(self)
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
         await asyncio.wait_for(self._done, 600)
         return self._parser.get_status_code(), self._pieces
 
     def close(self) -> None:
-        self._transport.close()
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
 
-    def data_received(self, data: bytes) -> None:
-        self._now = time.monotonic()
-        self._parser.feed_data(data)
+    def _read(self) -> None:
+        try:
+            data, told, _, _ = self._socket.recvmsg(2**16, 64)
+        except ConnectionError:
+            data, told = b"", []
+        self._now = self._reached = time.monotonic()
+        if told:
+            seconds, nanoseconds = struct.unpack("@ll", told[0][2])
+            self._reached -= time.time() - (seconds + 1e-9 * nanoseconds)
+        if data:
+            self._parser.feed_data(data)
+            return
+        asyncio.get_running_loop().remove_reader(self._socket)
+        if not self._done.done():
+            self._done.set_exception(ConnectionError("the server closed the connection in the midst of an answer"))
 
     def on_body(self, body: bytes) -> None:
-        self._pieces.append((self._now, body))
+        self._pieces.append((self._now, self._reached, body))
 
     def on_message_complete(self) -> None:
         self._done.set_result(None)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self._done.done():
-            self._done.set_exception(ConnectionError("the server closed the connection in the midst of an answer"))
-
 
 async def connect(url: str) -> Connection:
     address = urlsplit(url)
-    _, made = await asyncio.get_running_loop().create_connection(Connection, address.hostname, address.port)
-    return made
+    made = socket.socket()
+    made.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(made, (address.hostname, address.port))
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Connection(made)

@@ -23,21 +23,25 @@ def test_both_sides_do_the_same_work_and_what_http_adds_is_a_part_of_it(tmp_path
         assert sum(load.gaps + load.first_token) < load.clients * load.seconds
     assert len(alone.gaps) >= len(ours.gaps)  # an event may carry no new character
     added = Added()
-    added.add(ours, RequestLog(tmp_path / "log").next(3))
-    assert len(added.first_token) + added.num_left_out == 3
-    assert min(added.first_token + added.events) > 0
+    added.add(ours, RequestLog(tmp_path / "log").next(3), alone.tokens, target.tokenizer)
+    assert len(added.first_token) == 3 and added.num_left_out == 0
+    assert min(added.first_token + added.until_socket) > 0
+    assert all(part <= whole for part, whole in zip(added.until_socket, added.events, strict=True))
     assert max(added.first_token) < max(ours.first_token)
 
 
 def test_what_is_added_lies_before_the_engine_and_behind_its_steps() -> None:
-    load, added = Load("server", 2, began=100.0), Added()
-    load.arrive(1.0, seed=5).extend([3.25, 4.5])
-    load.arrive(2.0, seed=6).append(3.0)
-    steps = {"arrived": 101.5, "steps": [[103.0, 1], [104.0, 7]]}
-    added.add(load, [{"seed": 6, **steps}, {"seed": 5, **steps}])
+    load, added, tokenizer = Load("server", 2, began=100.0), Added(), load_target("tiny").tokenizer
+    steps, (letter,) = {"arrived": 101.5, "steps": [[103.0, 1], [103.75, 1], [104.0, 2]]}, tokenizer("a")["input_ids"]
+    tokens = [letter, tokenizer.eos_token_id, letter, letter]  # the second step writes no text, so no event follows
+    for seed, sent, events in ((5, 1.0, [3.25, 4.5]), (6, 2.0, [3.0])):
+        load.arrive(sent, seed).extend(events)
+        load.at_socket[-1].extend(at - 0.125 for at in events)
+    added.add(load, [{"seed": 6, **steps}, {"seed": 5, **steps}], {5: tokens, 6: tokens}, tokenizer)
     assert added.first_token == [0.5 + 0.25]  # 5's; that 3 follows 2 is the engine's doing
     assert added.events == [0.25, 0.5]
-    assert added.num_left_out == 1  # 6 had two steps and one event
+    assert added.until_socket == [0.125, 0.375]
+    assert added.num_left_out == 1  # 6 had two steps with text and one event
 
 
 def test_a_log_is_read_on_from_where_it_was_left(tmp_path) -> None:
