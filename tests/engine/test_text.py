@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dspark.engine.engine import Engine
+from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings, render_prompt
 from dspark.errors import InvalidRequest
+from dspark.types import Delta, SamplingParams
+from engine.models import random_target
 
 TARGET = Path(__file__).parents[2] / "pairs" / "tiny" / "target"
 TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
@@ -93,6 +98,23 @@ def test_context_keeps_the_space_between_prompt_and_continuation() -> None:
     prompt, continuation = LLAMA_LIKE("a b")["input_ids"], LLAMA_LIKE("ab")["input_ids"]
     assert Detokenizer(LLAMA_LIKE).push(continuation) == "ab"
     assert Detokenizer(LLAMA_LIKE, context=prompt).push(continuation) == " ab"
+
+
+def test_a_raw_prompt_and_its_text_are_one_text(tmp_path: Path) -> None:
+    """SentencePiece drops a text's first space, which is none of the first where a prompt comes before."""
+    target = random_target(tmp_path, vocab_size=len(LLAMA_LIKE))
+    target.tokenizer, engine = LLAMA_LIKE, Engine(target)
+    word = LLAMA_LIKE("ab")["input_ids"]
+    params = SamplingParams(temperature=0, max_tokens=2, logit_bias={word[0]: 100.0})
+    for some in (params, replace(params, stop=("never",))):
+        for prompt in ("a b", LLAMA_LIKE("a b")["input_ids"]):
+            generation = engine.generate(prompt, some, raw=True)[0]
+            assert (generation.token_ids, generation.text) == (word * 2, " ab ab")
+        stream = engine.stream("a b", some, raw=True)
+        assert "".join(delta.text for delta in stream) == " ab ab"
+        marks = DraftMarks(LLAMA_LIKE, stream.request.context)
+        assert list(marks.split(Delta(" ab ab", word * 2, [True, False]))) == [(" ab", True), (" ab", False)]
+    assert engine.generate(LLAMA_LIKE("a b")["input_ids"], params)[0].text == "ab ab"  # a chat that its user rendered
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def _stream(engine: Engine, prompt: Any, params: SamplingParams, args: argparse.
     stream = engine.stream(prompt, params, raw=args.raw)
     with _text_line(quiet=args.json) as write:
         try:
-            marks = DraftMarks(engine.target.tokenizer) if colour else None
+            marks = DraftMarks(engine.target.tokenizer, stream.request.context) if colour else None
             for delta in stream:
                 if marks is None:
                     write(delta.text)

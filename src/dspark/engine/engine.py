@@ -158,7 +158,8 @@ class Engine:
     ) -> list[Generation]:
         """Continue every prompt (a string, a list of chat messages, or token ids), all of them together.
 
-        One SamplingParams for all or one for each. `raw` continues strings as they stand, without the chat template.
+        One SamplingParams for all or one for each. `raw` continues strings as they stand, without the chat template;
+        prompt and text are then one text, the space between them included, as they are for token ids with `raw`.
         Raises InvalidRequest before any of them begins, where one cannot be served. What it raises later (an interrupt,
         a forward that fails) ends these requests and no others.
         """
@@ -203,7 +204,7 @@ class Engine:
         if params.grammar is not None:
             request.matcher = params.grammar.matcher()
         if self.target.tokenizer is not None:
-            request.text = RunningText(self.target.tokenizer, params.stop, params.min_tokens)
+            request.text = RunningText(self.target.tokenizer, params.stop, params.min_tokens, request.context)
         return request
 
     def enqueue(self, request: Request) -> Request:

@@ -35,7 +35,7 @@ class Intake:
         seed = secrets.randbits(63) if params.seed is None else int(params.seed)  # noise takes 64 bits of it
         ending = tuple(t for t in params.stop_token_ids if 0 <= t < self.vocab_size)
         ending += () if params.ignore_eos else tuple(t for t in self.end_token_ids if t < self.vocab_size)
-        return Request(next(_request_ids), tokens, params, num_prompt_tokens=len(tokens), seed=seed, ending_ids=ending)
+        return Request(next(_request_ids), tokens, params, len(tokens), seed=seed, ending_ids=ending, is_raw=raw)
 
     def _tokenise(self, prompt: Prompt, params: SamplingParams, raw: bool) -> list[int]:
         tokens = render_prompt(self.tokenizer, prompt, raw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dspark.engine.text import Detokenizer
@@ -14,11 +14,11 @@ class DraftMarks:
     """Says which characters of streamed text came from accepted draft tokens.
 
     Text lags behind its tokens (unfinished characters, what may become a stop string), so characters are counted here
-    token by token and matched with the text when it comes.
+    token by token and matched with the text when it comes. `context` is what the text goes on from (Request.context).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, context)
         self._runs: deque[tuple[int, bool]] = deque()  # characters to come, and whether they were drafted
 
     def split(self, delta: Delta) -> Iterator[tuple[str, bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspark.engine.text import Detokenizer, StopStrings
@@ -57,12 +57,18 @@ def _deltas(engine: Engine, request: Request) -> Iterator[Delta]:
 
 
 class RunningText:
-    """Text of one request. Tokens become text as they come only where a stop string or a stream needs it."""
+    """Text of one request. Tokens become text as they come only where a stop string or a stream needs it.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], num_unwatched: int = 0) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._num_unwatched = num_unwatched  # tokens in which no stop string is looked for
-        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(stop)
+    num_unwatched  first tokens, in which no stop string is looked for
+    context        the tokens that the text goes on from (Request.context)
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...], num_unwatched: int = 0, context: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer, self._stop, self._context = tokenizer, stop, list(context)
+        self._num_unwatched = num_unwatched
+        self._detokenizer, self._stop_strings = Detokenizer(tokenizer, context), StopStrings(stop)
         self._untaken = self._whole = ""
 
     def push(self, token: int) -> bool:
@@ -93,6 +99,9 @@ class RunningText:
         """The text so far, streamed or not."""
         if self._stop:
             return self._whole
+        return self._decode([*self._context, *tokens])[len(self._decode(self._context)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _add(self, piece: str) -> None:

@@ -137,7 +137,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._decode, self._texts = _decoder(tokenizer), _texts_of_tokens(tokenizer)
-        self._window = list(context[-8:])
+        self._window = list(context)
         text = self._decode(self._window) if self._window else ""
         self._num_emitted = len(text)  # characters of decode(window) that have been handed out
         self._restart = self._in_step = 0  # window lengths with no character open: the last but one, and the last

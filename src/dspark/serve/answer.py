@@ -16,7 +16,7 @@ from dspark.serve.replies import DONE, Head, TokenNames, around_text, event, spe
 from dspark.serve.run import Run, unless_gone
 from dspark.serve.tools import Piece, Voice, merged
 from dspark.serve.wire import StreamOptions
-from dspark.types import Delta
+from dspark.types import Delta, Request
 
 
 class Answer:
@@ -32,13 +32,13 @@ class Answer:
         names: TokenNames,
         voice: Callable[[], Voice],
         choices_per_prompt: int,
-        marks: Callable[[], DraftMarks] | None = None,
+        marks: Callable[[Request], DraftMarks] | None = None,
         echoed: Sequence[str] = (),
     ) -> None:
         self.head, self.run, self._names, self._choices_per_prompt = head, run, names, choices_per_prompt
         self._voices = [voice() for _ in run.requests]
         self._offsets = [0] * len(run.requests)
-        self._marks = None if marks is None else [marks() for _ in run.requests]
+        self._marks = None if marks is None else [marks(request) for request in run.requests]
         self._echoed = echoed
         self._usage_everywhere = False
         self._around: dict[

@@ -132,7 +132,7 @@ class Desk:
             self.names,
             voice=lambda: voice_of(body),
             choices_per_prompt=body.n,
-            marks=(lambda: DraftMarks(self.tokenizer)) if body.dspark else None,
+            marks=(lambda request: DraftMarks(self.tokenizer, request.context)) if body.dspark else None,
             echoed=self._echoed(body, requests),
         )
 
@@ -151,9 +151,9 @@ class Desk:
             prompts = [self.tokens("messages", conversation(body.messages), **shown)]
         else:
             prompts = [self.tokens("prompt", prompt, raw=True) for prompt in body.prompts]
-        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        field, raw = ("messages", False) if isinstance(body, ChatRequest) else ("prompt", True)
         try:
-            return [self.backend.prepare(prompt, params) for prompt in prompts for params in each]
+            return [self.backend.prepare(prompt, params, raw) for prompt in prompts for params in each]
         except InvalidRequest as error:
             param = "logit_bias" if body.logit_bias and "token ids" in str(error) else field
             raise as_api_error(error, param) from error

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from dspark.serve.grammar import Grammars
     from dspark.types import Delta, Request, SamplingParams
 
-    Asked = tuple[int, list[int], SamplingParams, str | None]  # number, prompt, parameters, text of a grammar
+    Asked = tuple[
+        int, list[int], SamplingParams, bool, str | None
+    ]  # number, prompt, parameters, raw, text of a grammar
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,10 @@ class EngineEnd:
     def _take(self, asked: Sequence[Asked], taking: Future[dict[int, Request]]) -> None:
         requests: dict[int, Request] = {}
         try:
-            for number, tokens, params, grammar in asked:
+            for number, tokens, params, raw, grammar in asked:
                 if grammar is not None:
                     params = replace(params, grammar=self._grammars.compile(grammar))
-                request = requests[number] = self._worker.engine.prepare(tokens, params)
+                request = requests[number] = self._worker.engine.prepare(tokens, params, raw)
                 if not params.stop:  # the server makes text of tokens; only stop strings are watched for here
                     request.text = None
             sinks = [partial(self._hold, number, request) for number, request in requests.items()]

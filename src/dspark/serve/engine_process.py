@@ -111,12 +111,12 @@ class EngineProcess:
     async def open(self) -> None:
         await asyncio.get_running_loop().create_unix_connection(lambda: _Line(self), sock=self._line)
 
-    def prepare(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+    def prepare(self, prompt: Sequence[int], params: SamplingParams, raw: bool = False) -> Request:
         from dspark.engine.stream import RunningText
 
-        request = self.intake.prepare(prompt, params)
+        request = self.intake.prepare(prompt, params, raw)
         if not params.stop:  # otherwise the engine looks for them in the text, and sends that
-            request.text = RunningText(self.intake.tokenizer, ())
+            request.text = RunningText(self.intake.tokenizer, (), context=request.context)
         return request
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
@@ -240,7 +240,7 @@ def _asked(request: Request) -> Any:
     """What the other end needs to make the same request. A compiled grammar cannot travel; its text can."""
     grammar = request.params.grammar
     params = replace(request.params, seed=request.seed, grammar=None)
-    return request.id, request.tokens, params, None if grammar is None else grammar.text
+    return request.id, request.tokens, params, request.is_raw, None if grammar is None else grammar.text
 
 
 def _text_of(request: Request, tokens: list[int], is_last: bool) -> str | None:

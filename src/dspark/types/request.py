@@ -11,6 +11,8 @@ from torch import Tensor
 from dspark.transfer import on_device
 from dspark.types.sampling_params import Matcher, SamplingParams
 
+_NUM_CONTEXT = 8  # tokens before a text that can change how its first ones are decoded
+
 
 @dataclass(frozen=True)
 class Round:
@@ -92,6 +94,7 @@ class Request:
     text: Any = field(default=None, repr=False)  # the engine's running translation into text
     ending_ids: tuple[int, ...] = ()  # tokens that end it, and are excluded before params.min_tokens
     matcher: Matcher | None = field(default=None, repr=False)  # of params.grammar
+    is_raw: bool = False  # its text goes on from the prompt's, with the space between them
     has_begun: bool = False  # was looked up in a prefix cache
     num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
 
@@ -99,6 +102,12 @@ class Request:
     def pending(self) -> list[int]:
         """Committed tokens the target has not read: just the anchor, except while the prompt is being read."""
         return self.tokens[self.num_cached :]
+
+    @property
+    def context(self) -> list[int]:
+        """The prompt's last tokens where the text goes on from them; none before a turn of a chat, which begins anew."""
+        end = self.num_prompt_tokens
+        return self.tokens[max(0, end - _NUM_CONTEXT) : end] if self.is_raw else []
 
     @property
     def looks_back(self) -> bool:
