@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import httpx
 import pytest
 
 from cli.command import PAIR, is_one_line_error, run, running_in_group, start
+from dspark.cli.serve import add_arguments, watched_engine
+from dspark.errors import InvalidConfiguration
 
 CHAT = {"messages": [{"role": "user", "content": "What is a river?"}], "temperature": 0}
 
@@ -129,6 +132,16 @@ def test_what_is_not_installed_is_said_before_anything_is_loaded(capsys, monkeyp
     code, _, err = run(capsys, "serve", "--port", "0")
     assert (code, is_one_line_error(err)) == (2, True)
     assert 'serving needs llguidance: pip install "dspark[serve]"' in err
+
+
+@pytest.mark.parametrize("option, name", [("--scheduler", "fixd:7"), ("--drafter", "dsprak")])
+def test_names_that_mean_nothing_are_refused_before_anything_is_loaded(option: str, name: str, monkeypatch) -> None:
+    monkeypatch.setattr("dspark.cli.serve.open_target", lambda *_, **__: pytest.fail("a target is loaded"))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([option, name])
+    with pytest.raises(InvalidConfiguration, match=name):
+        watched_engine(args)
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dspark.cli.models import (
     add_overlap,
     add_placement,
     add_threads,
+    check_names,
     check_overlap,
     drafter_name,
     open_target,
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hub(models)
     models.add_argument("--served-model-name", action="append", metavar="NAME", help="name in the API; repeatable")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--scheduler", "--policy", help="as for generate (default auto)")
+    engine.add_argument("--scheduler", "--policy", default="auto", help="as for generate (default auto)")
     engine.add_argument("--rule", default="coupled", choices=["coupled", "rejection"], help="default coupled")
     engine.add_argument(
         "--max-num-seqs", type=_positive, default=32, metavar="N", help="requests decoded together (32)"
@@ -224,15 +225,16 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 def _engine(args: argparse.Namespace) -> Engine:
     from dspark import Engine, load_drafter
 
+    check_names(args.target, drafter_name(args), args.scheduler, args.rule)
     set_threads(args)
     target = open_target(args, deterministic=args.deterministic)
     if target.tokenizer is None:
         raise InvalidConfiguration(f"{args.target} has no tokenizer, and the API is made of text")
     drafter = load_drafter(drafter_name(args), target)
-    options = {"scheduler": args.scheduler} if args.scheduler else {}
     return Engine(
         target,
         drafter,
+        args.scheduler,
         rule=args.rule,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -241,7 +243,6 @@ def _engine(args: argparse.Namespace) -> Engine:
         prefix_tokens=args.prefix_tokens,
         compile=args.compile,
         overlap=args.overlap,
-        **options,
     )
 
 
