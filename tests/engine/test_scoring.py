@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from dspark import Engine, SamplingParams, load_target
+from dspark import Engine, SamplingParams, load_drafter, load_target
 from dspark.errors import InvalidRequest
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_logits
 
@@ -87,6 +87,78 @@ def test_scoring_waits_for_slots(target, prompts):
         assert (running.finish_reason, scored.finish_reason) == ("length", "length")
     finally:
         target.resize(65536)
+
+
+def test_a_prompt_is_scored_chunk_by_chunk_beside_others_and_read_once(target, prompts, monkeypatch):
+    engine, extend, read = Engine(target, max_num_batched_tokens=8), target.extend, []
+    running = engine.submit(prompts[2], SamplingParams(temperature=0, max_tokens=20))
+    engine.step()
+    scored = engine.submit(prompts[6], SCORED)
+
+    def reading(spans, *others, **more):
+        read.append({span.request_id: len(span.tokens) for span in spans})
+        return extend(spans, *others, **more)
+
+    monkeypatch.setattr(target, "extend", reading)
+    for num_steps in range(1, 7):
+        engine.step()
+        assert len(running.generated) == num_steps + 1  # nobody waits for more than a chunk
+    assert max(sum(each.values()) for each in read) <= 8
+    assert sum(each.get(scored.id, 0) for each in read) == len(prompts[6]) + len(scored.generated) - 1
+    while engine.has_work:
+        engine.step()
+    assert scored.generated == engine.generate(prompts[6], GREEDY)[0].token_ids
+
+
+def test_who_decodes_gets_slots_before_who_is_scored(target, prompts):
+    engine = Engine(target, num_slots=60, max_num_batched_tokens=2)
+    try:
+        running = engine.submit(prompts[4], SamplingParams(temperature=0, max_tokens=40))
+        scored, was_under_way = engine.submit(prompts[6], SCORED), []
+        while engine.has_work:
+            assert not engine.step().num_preempted
+            was_under_way.append(engine.scoring.is_under_way)
+            assert running.finish_reason or scored.finish_reason is None
+        began_anew = [a and not b for a, b in zip(was_under_way, was_under_way[1:], strict=False)]
+        assert sum(began_anew) == 2  # once it was set aside, and once it was done
+        expected = Engine(target).generate(prompts[6], SCORED)[0]
+        assert [p.token_id for p in scored.prompt_logprobs] == prompts[6][1:]
+        assert scored.generated == expected.token_ids
+        assert target.num_free_slots == target.cache.limit
+    finally:
+        target.resize(65536)
+
+
+def test_a_fault_of_who_runs_leaves_who_is_scored(target, prompts, monkeypatch):
+    engine = Engine(target, max_num_batched_tokens=8)
+    running = engine.submit(prompts[2], GREEDY)
+    engine.step()
+    scored = engine.submit(prompts[6], SCORED)
+    engine.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.rule, "verify", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert engine.fail_running() == [running]
+    while engine.has_work:
+        engine.step()
+    assert (
+        scored.prompt_logprobs
+        == Engine(target, max_num_batched_tokens=8).generate(prompts[6], SCORED)[0].prompt_logprobs
+    )
+    assert target.num_free_slots == target.cache.limit
+
+
+def test_drafters_know_a_prompt_that_was_scored():
+    target = load_target("tiny", dtype="float32", device="cpu")
+    for prefix_tokens in (0, 512):
+        engine = Engine(target, load_drafter("dspark", target), "fixed:7", prefix_tokens=prefix_tokens)
+        (plain,) = engine.generate("What is a river?", SamplingParams(temperature=0, max_tokens=24))
+        for _ in range(2):
+            (scored,) = engine.generate(
+                "What is a river?", SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0)
+            )
+            assert (scored.token_ids, scored.rounds) == (plain.token_ids, plain.rounds)
 
 
 def test_nothing_ends_a_text_before_min_tokens(target, prompts):

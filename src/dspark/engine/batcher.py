@@ -48,7 +48,7 @@ class Batcher:
         One at a time, because slots that it shares with others do not become free. A request that is alone fits, unless
         another engine has slots of the same cache.
         """
-        if not self.running or self._need() <= num_free:
+        if not self.running or self.need() <= num_free:
             return None
         self.waiting.appendleft(self.running.pop())
         return self.waiting[0]
@@ -65,6 +65,10 @@ class Batcher:
                 ends = len(chunk) == len(request.pending)
                 spans.append((request, Span(request.id, request.num_cached, chunk, num_logits=int(ends))))
         return spans
+
+    def need(self) -> int:
+        """Slots that the running requests may take in one step."""
+        return sum(min(len(r.pending), self.max_tokens) if is_reading(r) else self.lookahead for r in self.running)
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is."""
@@ -84,6 +88,3 @@ class Batcher:
             return None
         need = len(self.waiting[0].pending) - 1 + self.lookahead
         return need if need <= num_free else None
-
-    def _need(self) -> int:
-        return sum(min(len(r.pending), self.max_tokens) if is_reading(r) else self.lookahead for r in self.running)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class Engine:
         self.tokens_per_request = float(lookahead)  # of those that decoded last: what a step has to leave for them
         self.prefixes = PrefixCache(target.cache, prefix_tokens) if prefix_tokens else None
         self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
-        self.scoring = Scoring(target, max_num_batched_tokens)
+        self.scoring = Scoring(target, self.drafting, max_num_batched_tokens)
         self.neighbours = neighbours_over(target.cache)
         self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
@@ -230,10 +230,13 @@ class Engine:
             request = self.batcher.running.pop()
             self.batcher.waiting.appendleft(request)
             self.ledger.forget(request)
+        self._take_back(self.batcher.waiting)
+        self.scoring.set_aside()
 
     def fail_running(self) -> list[Request]:
         """After `step` raised: end the requests that were in it with reason `error` and free all they hold."""
-        failed = list(self.scoring.busy or self.batcher.running or self.batcher.waiting)  # the last: as it let them in
+        scored = [request for request in self.scoring.busy if request.finish_reason is None]
+        failed = scored or list(self.batcher.running or self.batcher.waiting)  # the last: as it let them in
         for request in failed:
             self.ledger.finish(request, "error")
         return failed
@@ -272,21 +275,37 @@ class Engine:
                 self.set_aside()
                 self.ledger.is_torn = False
             try:
-                if self.scoring.waiting:
-                    self._score()
-                return self._step(self)
+                scored = self._score() if self.scoring.waiting else []
+                record = self._step(self)
             except BaseException:
                 self.ledger.is_torn = True
                 raise
             finally:
                 self.neighbours.note_step(self)
+            if scored:
+                self._take_back(self.batcher.waiting)
+            return record
 
-    def _score(self) -> None:
-        for request in self.scoring.step():
+    def _score(self) -> list[Request]:
+        """Read on in prompts whose log-probabilities are asked for; the requests that may now go on."""
+        batcher, num_free = self.batcher, self.target.num_free_slots
+        if batcher.waiting and not batcher.running and not batcher.could_admit(num_free):
+            self.scoring.set_aside()  # else they might wait for each other
+            return []
+        scored = []
+        for request in self.scoring.step(batcher.need(), self.drafter.feature_layers):
             if request.params.max_tokens:
-                self.batcher.waiting.append(request)
+                batcher.waiting.append(request)
+                scored.append(request)
             else:
                 self.ledger.finish(request, "length")
+        return scored
+
+    def _take_back(self, waiting: Iterable[Request]) -> None:
+        """Slots are for who runs: a prompt that was scored, and could not go on at once, is read anew in its turn."""
+        for request in waiting:
+            if request.num_cached:
+                self.ledger.forget(request)
 
 
 def _longest(target: Target, lookahead: int, wanted: int | None) -> int:

@@ -30,7 +30,7 @@ class Ledger:
 
     def begin(self, record: StepRecord, request: Request) -> None:
         """Spare the target what it has read before."""
-        if self.prefixes is None:
+        if self.prefixes is None or request.num_cached:  # the latter: it has been read for its log-probabilities
             return
         features = self.prefixes.attach(request)
         if features is not None:

@@ -38,7 +38,8 @@ class Neighbours:
         if self._num_tries < _PATIENCE:
             return False
         self._num_tries = 0
-        holders = [other for other in self._threads if other is not engine and other.batcher.running]
+        others = [other for other in self._threads if other is not engine]
+        holders = [other for other in others if other.batcher.running or other.scoring.is_under_way]
         if not holders:
             cache = engine.target.cache
             raise OutOfSlots(

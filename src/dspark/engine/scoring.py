@@ -3,60 +3,90 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
+from dspark.engine.drafting import Drafting
 from dspark.sampling import token_logprobs
 from dspark.target.target import Target
-from dspark.types import Request, Span
+from dspark.types import FeaturePiece, Request, Span
 
 _MOST_LOGITS = 2**25  # numbers that one forward writes for this: every row of a prompt has its own
 
 
 class Scoring:
-    """Prompts are read once for this, apart from decoding, before their requests wait for their turn.
+    """Reads prompts for this, before their requests wait for their turn: a chunk in each step, so nobody waits for more.
 
-    A prefix cache has no part in it, since every position needs its row of logits. Whole prompts at a time, several
-    where they fit one forward: nothing is held from one step to the next.
+    max_tokens   of a chunk
+    waiting      requests in their order; the first of them may be under way, and hold slots
+    busy         those in the forward that runs
+
+    A prefix cache has no part in it, since every position needs its row of logits. All but a prompt's last token is read:
+    what follows that is none of the prompt, and a request that is to go on does so from there.
     """
 
-    def __init__(self, target: Target, max_tokens: int) -> None:
+    def __init__(self, target: Target, drafting: Drafting, max_tokens: int) -> None:
         self.waiting: deque[Request] = deque()
         self.busy: list[Request] = []
-        self._target, self._max_tokens = target, max(1, min(max_tokens, _MOST_LOGITS // target.vocab_size))
+        self._target, self._drafting = target, drafting
+        self._max_tokens = max(1, min(max_tokens, _MOST_LOGITS // target.vocab_size))
 
-    def step(self) -> list[Request]:
-        """Read the prompts whose turn it is; the requests that are done with it."""
+    @property
+    def is_under_way(self) -> bool:
+        """Whether requests hold slots from one step to the next."""
+        return any(request.num_cached for request in self.waiting)
+
+    def step(self, num_kept: int, feature_layers: Sequence[int]) -> list[Request]:
+        """Read the next chunk, and leave `num_kept` slots free; the requests that are done with it."""
+        spans = self._spans(self._target.num_free_slots - num_kept)
+        if spans:
+            self._read(spans, feature_layers)
+        done = []
+        while self.waiting and (self.waiting[0].finish_reason is not None or _num_left(self.waiting[0]) == 0):
+            request = self.waiting.popleft()
+            done += [request] if request.finish_reason is None else []
         self.busy = []
-        self._take_up()
-        longest = max((r.num_prompt_tokens for r in self.busy), default=0)
-        for start in range(0, longest, self._max_tokens):
-            self._read(start)
-        for request in self.busy:
-            self._target.release(request.id)
-        done, self.busy = self.busy, []
         return done
 
-    def _take_up(self) -> None:
-        num_free, room = self._target.num_free_slots, self._max_tokens
-        while self.waiting:
-            request = self.waiting[0]
-            if request.finish_reason is None:
-                need = request.num_prompt_tokens
-                if need > num_free or (self.busy and need > room):
-                    return  # its turn comes when others have ended
-                num_free, room = num_free - need, room - need
-                request.prompt_logprobs = []
-                self.busy.append(request)
-            self.waiting.popleft()
+    def set_aside(self) -> None:
+        """Give back every slot: who was under way begins anew."""
+        for request in self.waiting:
+            if request.num_cached:
+                self._target.release(request.id)
+                self._drafting.forget(request)
+                request.num_cached, request.prompt_logprobs = 0, []
 
-    def _read(self, start: int) -> None:
-        stop = start + self._max_tokens
-        chunks = [(r, r.tokens[start : min(stop, r.num_prompt_tokens)]) for r in self.busy]
-        spans = [Span(r.id, start, tokens, num_logits=len(tokens)) for r, tokens in chunks]
-        rows = self._target.extend(spans).logits.split([len(tokens) for _, tokens in chunks])
-        for (request, _), own in zip(chunks, rows, strict=True):
-            num_top = request.params.prompt_logprobs
+    def _spans(self, num_free: int) -> list[Span]:
+        """What is read next, of as many prompts as fit a chunk. Who decodes needs slots first."""
+        spans, room, self.busy = [], self._max_tokens, []
+        for request in self.waiting:
+            left = _num_left(request) if request.finish_reason is None else 0
+            if left > num_free:
+                if request.num_cached:
+                    self.set_aside()
+                    return []
+                break  # its turn comes when others have ended
+            tokens = request.pending[: min(left, room)]
+            num_free, room = num_free - left, room - len(tokens)
+            if tokens:
+                self.busy.append(request)
+                spans.append(Span(request.id, request.num_cached, tokens, num_logits=len(tokens)))
+            if not room:
+                break
+        return spans
+
+    def _read(self, spans: list[Span], feature_layers: Sequence[int]) -> None:
+        out = self._target.extend(spans, feature_layers)
+        first = 0
+        for request, span in zip(self.busy, spans, strict=True):
+            start, num_read, num_top = span.start, len(span.tokens), request.params.prompt_logprobs
             assert num_top is not None
-            # A row is about the token after its own; the last one's is not part of the prompt.
-            following = request.tokens[start + 1 : min(stop + 1, request.num_prompt_tokens)]
-            if following:
-                request.prompt_logprobs += token_logprobs(own[: len(following)], following, num_top)
+            following = request.tokens[start + 1 : start + 1 + num_read]  # a row is about the token after its own
+            request.prompt_logprobs += token_logprobs(out.logits[first : first + num_read], following, num_top)
+            request.num_cached += num_read
+            if out.features is not None:
+                self._drafting.keep_features(request, FeaturePiece(out.features, first, num_read))
+            first += num_read
+
+
+def _num_left(request: Request) -> int:
+    return request.num_prompt_tokens - 1 - request.num_cached
