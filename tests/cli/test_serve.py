@@ -134,7 +134,7 @@ def test_what_is_not_installed_is_said_before_anything_is_loaded(capsys, monkeyp
     assert 'serving needs llguidance: pip install "dspark[serve]"' in err
 
 
-@pytest.mark.parametrize("option, name", [("--scheduler", "fixd:7"), ("--drafter", "dsprak")])
+@pytest.mark.parametrize(("option", "name"), [("--scheduler", "fixd:7"), ("--drafter", "dsprak")])
 def test_names_that_mean_nothing_are_refused_before_anything_is_loaded(option: str, name: str, monkeypatch) -> None:
     monkeypatch.setattr("dspark.cli.serve.open_target", lambda *_, **__: pytest.fail("a target is loaded"))
     parser = argparse.ArgumentParser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_who_decodes_gets_slots_before_who_is_scored(target, prompts):
             assert not engine.step().num_preempted
             was_under_way.append(engine.scoring.is_under_way)
             assert running.finish_reason or scored.finish_reason is None
-        began_anew = [a and not b for a, b in zip(was_under_way, was_under_way[1:], strict=False)]
+        began_anew = [a and not b for a, b in pairwise(was_under_way)]
         assert sum(began_anew) == 2  # once it was set aside, and once it was done
         expected = Engine(target).generate(prompts[6], SCORED)[0]
         assert [p.token_id for p in scored.prompt_logprobs] == prompts[6][1:]
