@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 from dspark.engine.drafting import Drafting
 from dspark.sampling import token_logprobs
@@ -35,7 +34,7 @@ class Scoring:
         """Whether requests hold slots from one step to the next."""
         return any(request.num_cached for request in self.waiting)
 
-    def step(self, num_kept: int, feature_layers: Sequence[int]) -> list[Request]:
+    def step(self, num_kept: int, feature_layers: tuple[int, ...]) -> list[Request]:
         """Read the next chunk, and leave `num_kept` slots free; the requests that are done with it."""
         spans = self._spans(self._target.num_free_slots - num_kept)
         if spans:
@@ -74,7 +73,7 @@ class Scoring:
                 break
         return spans
 
-    def _read(self, spans: list[Span], feature_layers: Sequence[int]) -> None:
+    def _read(self, spans: list[Span], feature_layers: tuple[int, ...]) -> None:
         out = self._target.extend(spans, feature_layers)
         first = 0
         for request, span in zip(self.busy, spans, strict=True):
