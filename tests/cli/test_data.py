@@ -57,6 +57,7 @@ def test_regenerate_goes_on_with_more_and_refuses_other_settings(capsys: Capture
     code, _, err = run(capsys, *command, "--limit", "3")
     assert code == 0, err
     assert "3 records read = 2 written + 0 failed + 1 skipped" in err
+    assert "skipped 1: expected one JSON object" in err
     first = (out / "answers.jsonl").read_bytes()
     code, _, err = run(capsys, *command)
     assert code == 0 and "7 records read = 6 written + 0 failed + 1 skipped" in err and "truncated" in err

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dspark.train.answers import AnswerSettings, Tally
     from dspark.train.rendering import Renderer
 
+_NUM_REASONS = 5  # for which records have no answer, the most frequent
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
@@ -138,6 +140,8 @@ def _regenerate(args: argparse.Namespace) -> int:
     )
     if tally.truncated:
         say(f"{tally.truncated} truncated: answers cut off at {settings.max_new} tokens (--max-new)")
+    for (status, reason), count in tally.reasons.most_common(_NUM_REASONS):
+        say(f"{status} {count}: {reason}")
     return 0
 
 
@@ -207,7 +211,7 @@ def _save_counts(out: Path, tally: Tally) -> None:
     from dspark.train.texts import read_infos
 
     [info, *_] = read_infos(out)
-    replace(info, counts={**vars(tally), "read": tally.num_records}).save(out)
+    replace(info, counts=tally.counts).save(out)
 
 
 class _Reporter:

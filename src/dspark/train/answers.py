@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,13 +168,14 @@ class EngineAnswerer:
                 return None
             prompt = self.renderer.with_system(job.messages)
         try:
-            request = self.engine.submit(prompt, settings.params(job.index, job.turn))
+            is_raw = job.record.text is not None
+            request = self.engine.submit(prompt, settings.params(job.index, job.turn), raw=is_raw)
         except InvalidRequest as error:
             job.ending = str(error)
             return None
         if request.num_prompt_tokens > settings.max_prompt:
             self.engine.cancel(request)
-            job.ending = f"the prompt has {request.num_prompt_tokens} tokens, more than max_prompt"
+            job.ending = f"the prompt has more than {settings.max_prompt} tokens (--max-prompt)"
             return None
         return request
 
@@ -187,12 +189,21 @@ class Tally:
     skipped: int = 0
     truncated: int = 0
     tokens: int = 0  # answered tokens
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed or skipped, why)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Count an entry of the log."""
         setattr(self, entry["status"], getattr(self, entry["status"]) + 1)
         self.truncated += bool(entry.get("truncated"))
+        if entry["status"] != "written":
+            self.reasons[entry["status"], entry["reason"]] += 1
         self.tokens += sum(end - begin for text in entry.get("texts", ()) for begin, end in text["answers"])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is noted beside the texts."""
+        numbers = {name: number for name, number in vars(self).items() if isinstance(number, int)}
+        return {**numbers, "read": self.num_records}
 
     @property
     def num_records(self) -> int:
