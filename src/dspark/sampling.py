@@ -175,12 +175,13 @@ def _grammatical(scores: Tensor, owners: Sequence[Request], previous: Sequence[S
 
 
 def _without_early_ends(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
-    """Ending tokens are excluded from rows that come before the request's min_tokens."""
+    """Ending tokens are excluded from rows that come before the request's min_tokens, but where a grammar allows only these."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for row, (request, path) in enumerate(zip(owners, previous, strict=True)):
         if len(request.tokens) - request.num_prompt_tokens + len(path) < request.params.min_tokens:
             mask[row, list(request.ending_ids)] = True
-    return scores.masked_fill(together_on_device((mask,), scores.device)[0], float("-inf"))
+    going_on = scores.masked_fill(together_on_device((mask,), scores.device)[0], float("-inf"))
+    return torch.where(going_on.isneginf().all(-1, keepdim=True), scores, going_on)
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

@@ -174,6 +174,34 @@ def test_nothing_ends_a_text_before_min_tokens(target, prompts):
     assert min(len(Engine(target).generate(p, free)[0].token_ids) for p in prompts) < 9  # it would have ended
 
 
+class Letter:
+    """A grammar: token 5 three times, and then one of the ends."""
+
+    text, fault = "", None
+
+    def __init__(self, ends):
+        self._ends = ends
+
+    def matcher(self):
+        return self
+
+    def allowed(self, tokens):
+        mask = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+        mask[[5] if len(tokens) < 3 else self._ends] = True
+        return mask
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_grammar_that_allows_only_the_end_comes_before_min_tokens(target, prompts, temperature):
+    params = SamplingParams(
+        temperature=temperature, min_tokens=9, stop_token_ids=(1, 2), grammar=Letter([1, 2]), seed=0
+    )
+    for drafter in (None, OracleDrafter([prompts[2] + [5] * 9], error=0)):
+        (written,) = Engine(target, drafter, "fixed:5").generate(prompts[2], params)
+        assert written.token_ids[:3] == [5] * 3 and written.token_ids[3:] in ([1], [2])
+        assert written.finish_reason == "stop"
+
+
 def test_stop_strings_wait_for_min_tokens_too():
     engine = Engine(load_target("tiny", dtype="float32", device="cpu"))
     ask = dict(temperature=0, max_tokens=24, ignore_eos=True)
