@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     assert out.count("\n") == 1, "exactly one object on one line"
     result: dict[str, Any] = json.loads(out)
     return result
+
+
+def base_model(folder: Path) -> str:
+    """The embedded target as a base model: without a chat template."""
+    shutil.copytree(PAIR / "target", folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    return str(folder)
 
 
 def start(*argv: str, **options: Any) -> subprocess.Popen[bytes]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli.command import PAIR, is_one_line_error, run, run_json
+from cli.command import PAIR, base_model, is_one_line_error, run, run_json
 from dspark import load_drafter, load_target
 from dspark.budget.calibration import Calibration, Outcomes
 from dspark.checkpoints.confidence_bias import BIAS, add_to_confidence_bias
@@ -43,6 +43,14 @@ def test_a_drafter_is_calibrated_and_stays_so(capsys: pytest.CaptureFixture[str]
     assert Calibration.load(drafter / "sts.json").offsets == ()
     assert load_drafter(str(drafter), target).calibration == stored  # type: ignore[attr-defined]
     assert result["judged"]["held out"]["raw"]["num_rounds"] == stored.origin.num_held_out_rounds > 100
+
+
+def test_questions_are_continued_by_a_base_model(
+    capsys: pytest.CaptureFixture[str], data: Path, drafter: Path, tmp_path: Path
+) -> None:
+    target = ("--target", base_model(tmp_path / "base"), "--drafter", str(drafter))
+    result = run_json(capsys, "calibrate", *target, "--data", str(data), "--max-tokens", "96", "--dry-run")
+    assert result["judged"]["held out"]["raw"]["num_rounds"] > 100
 
 
 def test_a_head_that_is_off_everywhere_is_corrected(

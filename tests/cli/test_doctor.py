@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.command import PAIR, is_one_line_error, run
+from cli.command import PAIR, base_model, is_one_line_error, run
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,6 +47,11 @@ def test_a_healthy_drafter(capsys: Capture, tmp_path: Path) -> None:
     assert not any(r["shift"] == 1 for r in said["readings"]), "there is no feature above the last but one layer"
     masks_only = next(r for r in said["readings"] if not r["anchor_predicts"])
     assert masks_only["tau"] < 1.3 and len(masks_only["acceptance"]) == 6
+
+
+def test_a_base_model_continues_the_prompts(capsys: Capture, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "doctor", base_model(tmp_path / "base"), str(PAIR / "dspark"), "--max-tokens", "16")
+    assert code == 0 and "is what its config says" in out, err
 
 
 def test_shifted_layer_ids(capsys: Capture, tmp_path: Path) -> None:

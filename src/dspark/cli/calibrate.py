@@ -191,7 +191,7 @@ def _folder(args: argparse.Namespace, drafter: Drafter) -> Path:
 
 
 def _collect(args: argparse.Namespace, data: Path, num: int, target: Target, drafter: Drafter) -> Outcomes:
-    from dspark.engine.text import render_prompt
+    from dspark.engine.text import has_chat_template, render_prompt
     from dspark.evaluate.outcomes import collect
     from dspark.train.held_out import choose, questions_of, sources_of
     from dspark.types import SamplingParams
@@ -200,7 +200,7 @@ def _collect(args: argparse.Namespace, data: Path, num: int, target: Target, dra
     prompts: list[list[int]] = []
     domains: list[str] = []
     for domain, question in choose(questions_of(data, sources, args.seed), 2 * num):
-        ids = render_prompt(target.tokenizer, question, raw=False)
+        ids = render_prompt(target.tokenizer, question, raw=not has_chat_template(target.tokenizer))
         if len(ids) <= args.max_prompt and len(prompts) < num:
             prompts.append(ids)
             domains.append(domain)

@@ -78,9 +78,10 @@ def _read_prompts(path: str | None) -> list[str]:
 
 def _greedy_answers(target: Target, prompts: list[str], max_tokens: int) -> list[tuple[list[int], int]]:
     from dspark import Engine, SamplingParams
+    from dspark.engine.text import has_chat_template
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    generations = Engine(target).generate(prompts, params)
+    generations = Engine(target).generate(prompts, params, raw=not has_chat_template(target.tokenizer))
     return [(g.prompt_token_ids + g.token_ids, len(g.prompt_token_ids)) for g in generations]
 
 

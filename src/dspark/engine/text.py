@@ -78,7 +78,7 @@ def _render_chat(
     variables: Mapping[str, Any] | None,
 ) -> list[int]:
     _require_tokenizer(tokenizer)
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_template(tokenizer):
         raise InvalidRequest(
             "this tokenizer has no chat template, so a prompt cannot be put as a chat turn: use raw=True (--raw on the "
             "command line) to continue the text as it stands, or set tokenizer.chat_template"
@@ -101,6 +101,11 @@ def _render_chat(
     except TemplateError as error:
         raise InvalidRequest(f"the chat template of this tokenizer refuses these messages: {error}") from error
     return _not_empty(list(rendered["input_ids"]))
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether prompts can be put as chat turns; base models have none and are given raw ones."""
+    return getattr(tokenizer, "chat_template", None) is not None
 
 
 def _require_tokenizer(tokenizer: Any) -> None:

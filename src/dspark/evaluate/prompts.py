@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.engine.text import Prompt
+from dspark.engine.text import Prompt, has_chat_template
 from dspark.errors import InvalidRequest
 
 _SHAPES = (
@@ -31,7 +31,7 @@ def fitting(tokenizer: Any, vocab_size: int, num_prompts: int) -> tuple[list[Pro
     """Built-in prompts as this target can read them, and whether they go in without a chat template."""
     if tokenizer is None:
         return [[(7 * i + 3 * k) % vocab_size for k in range(8)] for i in range(num_prompts)], False
-    return list(built_in(num_prompts)), getattr(tokenizer, "chat_template", None) is None
+    return list(built_in(num_prompts)), not has_chat_template(tokenizer)
 
 
 @dataclass(frozen=True)
