@@ -46,10 +46,12 @@ def test_a_drafter_is_calibrated_and_stays_so(capsys: pytest.CaptureFixture[str]
 
 
 def test_questions_are_continued_by_a_base_model(
-    capsys: pytest.CaptureFixture[str], data: Path, drafter: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], drafter: Path, tmp_path: Path
 ) -> None:
+    data = tmp_path / "beginnings.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Chapter {n}\n\nIt was a river"}) + "\n" for n in range(40)))
     target = ("--target", base_model(tmp_path / "base"), "--drafter", str(drafter))
-    result = run_json(capsys, "calibrate", *target, "--data", str(data), "--max-tokens", "96", "--dry-run")
+    result = run_json(capsys, "calibrate", *target, "--data", str(data), "--max-tokens", "40", "--dry-run")
     assert result["judged"]["held out"]["raw"]["num_rounds"] > 100
 
 
