@@ -192,6 +192,22 @@ def test_requests_that_come_and_go_do_not_have_everything_decided_anew():
     assert decided == [4]
 
 
+def test_while_it_is_off_hardly_anything_is_decided():
+    """Texts of two kinds come and go, a new one every twentieth step: what was decided for their like holds for them."""
+    guard, decided = Guard(Machine(per_token=1.0, per_draft=1.0)), []
+    guard._num_judged, guard.is_drafting = 24, False
+    decide, guard._decide = guard._decide, lambda ids, load: (decided.append(guard._now), decide(ids, load))
+    asked = [guard.choose([now // 20], Load(1, 1, 100), [now // 20 % 2]) for now in range(2000)]
+    assert guard.reason == "cost" and 0 < sum(map(len, asked)) < 20
+    assert len(decided) < 6 + 3 * sum(map(len, asked))
+
+
+def test_a_kind_that_was_never_drafted_for_is_trusted_as_the_others_are():
+    traffic = Traffic(Machine(per_token=0.1, per_draft=0.2), [0.1] * 4, believed=0.8)
+    traffic.run(200)
+    assert traffic.guard.trust("another") == pytest.approx(traffic.guard.trust())
+
+
 def test_luck_is_not_taken_for_ease():
     """All requests are alike and drafts hardly pay: who looked best last time is no better the next time."""
     traffic = Traffic(Machine(per_token=0.1, per_draft=0.2, base=20.0), [0.5] * 64, noise=0.2)

@@ -38,8 +38,9 @@ class GuardSettings:
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
-    reconsider_every  steps between decisions while there are about as many requests; eight times as many while it is off,
-                      up to four times where drafts have clearly paid for a while
+    reconsider_every  steps between decisions while there are about as many requests, up to four times as many where drafts
+                      have clearly paid for a while; off, it is decided once for each mix of requests and before each
+                      probe, which teaches something, and else after eight times as many, or 64 where they clearly do not
     """
 
     min_observations: int = 24
@@ -54,7 +55,12 @@ class GuardSettings:
 
 
 _MOST_REQUESTS, _MOST_KINDS = 1024, 64
-_TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
+# Steps that are learned from at a time: between two the processor's caches forget how it is done.
+_TOGETHER, _TOGETHER_OFF = 8, 32
+_AT_ENDS = 12
+_MOST_MIXES = 64
+_FOREVER = 1 << 30  # steps
+_NOBODY: frozenset[int] = frozenset()
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _OTHERS = 24  # requests drafted for last, by which others of their kind are judged
 _OTHERS_HALF_LIFE = 8.0  # requests
@@ -63,8 +69,9 @@ _LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
-_TELLING = 16  # drafts that are worth a decision
+_TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
 _CLEARLY = 1.15  # times as many tokens per second
+_CLEARLY_NOT = 0.9
 _TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
 _COUNT_MEMORY = 400.0  # of them
 
@@ -86,6 +93,14 @@ class _Fare:
         self.promise += (float(row.sum()) - self.promise) / min(self.num, _LONG_RUN)
 
 
+class _Refusal(NamedTuple):
+    """What was decided for a mix of requests that are not drafted for: it holds until a step, and says how to probe."""
+
+    until: int
+    spacing: float  # steps between probes that what they are believed to lose allows
+    probes_all: bool
+
+
 class _Seen(NamedTuple):
     """A step to learn from, the requests that were drafted for, and their kinds."""
 
@@ -104,7 +119,7 @@ class Guard:
         self.reason: str | None = None  # why `choose` left requests out
         self._by_request: OrderedDict[int, _Fare] = OrderedDict()
         self._kinds: dict[int, Hashable] = {}
-        self._asked: frozenset[int] = frozenset()  # drafted for in this step
+        self._asked = _NOBODY  # drafted for in this step
         self._waiting: list[_Seen] = []
         self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
@@ -118,11 +133,14 @@ class Guard:
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
         self._probed: set[int] = set()
+        self._refused: dict[Hashable, _Refusal] = {}  # since the last probe, by what is known of requests
+        self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
+        self._rests_until = 0  # before this step
         self._chosen: set[int] | None = None  # None: all
         self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
-        self._decided_at = self._now = 0
+        self._decided_at = self._decide_by = self._now = 0
         self._last_plain = self._last_probe = 0
         self._measured = -1  # when plain steps were last taken to be timed
 
@@ -132,6 +150,9 @@ class Guard:
         kinds  of the requests, where something is known of them: those of one kind are expected to fare alike
         """
         self._now += 1
+        if self._now < self._rests_until and request_ids == self._resting:  # so are most steps where drafts do not pay
+            self.reason = "cost"
+            return []
         self._kinds = dict(zip(request_ids, kinds, strict=False))
         rows = self._rows(request_ids, load)
         self._asked = frozenset(request_ids[b] for b in rows)
@@ -144,14 +165,12 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        if self._is_due(request_ids, load.num_requests):
-            if self._decided_for != _about(load.num_requests):
-                self._num_clear = 0
-            self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
-            self._decide(request_ids, _without_prompts(load))  # the next step may have none
+        drafted_before = frozenset(i for i in request_ids if i in self._by_request)
+        mix = _about(load.num_requests), frozenset(self._kinds.values()), drafted_before
+        if self._is_due(request_ids, load.num_requests, mix):
+            self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
-            self.reason = "cost"
-            return self._probes(request_ids, everyone)
+            return self._rest(request_ids, mix)
         if self._chosen is None:
             return everyone
         rows = [b for b, i in enumerate(request_ids) if i in self._chosen or i not in self._by_request]
@@ -160,19 +179,50 @@ class Guard:
             rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
         return sorted(rows)
 
+    def _reconsider(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> None:
+        if self._decided_for != _about(load.num_requests):
+            self._num_clear = 0
+        self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
+        self._decide(request_ids, _without_prompts(load))  # the next step may have none
+        if self.is_drafting:
+            self._refused.clear()
+            return
+        holds_for = (64 if self._advantage < _CLEARLY_NOT else 8) * self.settings.reconsider_every
+        self._refused[mix] = _Refusal(self._now + holds_for, self._probe_spacing, self._probes_all)
+        if len(self._refused) > _MOST_MIXES:
+            del self._refused[next(iter(self._refused))]
+
+    def _rest(self, request_ids: Sequence[int], mix: Hashable) -> list[int]:
+        """Draft for nobody, or for a probe."""
+        self.reason = "cost"
+        until, self._probe_spacing, self._probes_all = self._refused[mix]
+        is_second = self._now == self._last_probe + 1
+        rows = self._probes(request_ids, list(range(len(request_ids))))
+        if is_second:  # decide again with what it shows
+            self._refused.clear()
+        elif not rows:
+            self._resting = list(request_ids)
+            self._rests_until = min(until, self._last_probe + math.ceil(min(self._probe_spacing, _FOREVER)))
+        return rows
+
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
         self._waiting.append(_Seen(self._now, record, self._asked, self._kinds))
         self._num_judged += len(self._asked)
         if not self._asked and record.request_ids and not record.num_prompt_tokens:
             self._last_plain = self._now
-        self._asked = frozenset()
-        if len(self._waiting) >= _TOGETHER:
+        self._asked = _NOBODY
+        if len(self._waiting) >= (_TOGETHER if self.is_drafting else _TOGETHER_OFF):
             self._learn_waiting()
 
     def _learn_waiting(self) -> None:
-        for seen in self._waiting:
-            self.side_by_side.observe(seen.record)
+        is_telling = len(self._waiting) <= _AT_ENDS or any(seen.asked for seen in self._waiting)
+        for place, seen in enumerate(self._waiting):
+            # Of a long run of plain steps the first and the last are compared with drafted ones.
+            if is_telling or place < _AT_ENDS // 2 or place >= len(self._waiting) - _AT_ENDS // 2:
+                self.side_by_side.observe(seen.record)
+            else:
+                self.side_by_side.skip()
             self.reading_up.observe(seen.record, self.capacity)
             if seen.asked:
                 self._learn(*seen)
@@ -193,7 +243,7 @@ class Guard:
 
     def trust(self, kind: Hashable = None) -> float:
         """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
-        accepted, promised = self._trust.get(kind, (1.0, 1.0))
+        accepted, promised = self._trust.get(kind) or (_overall(self._trust), 1.0)
         return min(1.5, accepted / promised)
 
     def _share_found(self, request_ids: Sequence[int]) -> float:
@@ -229,13 +279,13 @@ class Guard:
             return True
         return False
 
-    def _is_due(self, request_ids: Sequence[int], num_requests: int) -> bool:
+    def _is_due(self, request_ids: Sequence[int], num_requests: int, mix: Hashable) -> bool:
         """A decision costs about as much as a tenth of a small step; few drafts, and none, tell little."""
-        if self.is_drafting:
-            every = max(self.settings.reconsider_every, _TELLING // num_requests) * min(4, 1 + self._num_clear)
-        else:
-            every = 8 * self.settings.reconsider_every
-        if self._decided_for != _about(num_requests) or self._now - self._decided_at >= every:
+        if not self.is_drafting:
+            # Right before a probe: by now there may be more to read than when it was decided.
+            refusal = self._refused.get(mix)
+            return refusal is None or self._now >= min(refusal.until, self._last_probe + refusal.spacing)
+        if self._decided_for != _about(num_requests) or self._now >= self._decide_by:
             return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
@@ -259,9 +309,11 @@ class Guard:
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
         # Of few requests drafted for, little is to be expected either way.
         self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
+        every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
         self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
-        if self.is_drafting and not was_drafting:
-            self._decided_at -= self.settings.reconsider_every - 2  # a probe may have been luck: two steps will tell
+        if self.is_drafting and not was_drafting:  # a probe may have been luck: a few drafts will tell
+            every, self._num_clear = max(2, _FEW_TELLING // num_decoding), 0
+        self._decide_by = self._now + every
         self._num_chosen = best
         self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
         left_out = promising[best if self.is_drafting else 0 :]
@@ -340,7 +392,7 @@ class Guard:
     def _probes(self, request_ids: Sequence[int], left_out: Sequence[int]) -> list[int]:
         """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
         if self._now == self._last_probe + 1:  # what the first step of a probe takes is spent on reading what piled up
-            self._decided_for = None  # decide again with what it shows
+            self._decided_for = None
             return [b for b in left_out if request_ids[b] in self._probed]
         if self._now - self._last_probe < self._probe_spacing:
             return []
@@ -354,11 +406,19 @@ class Guard:
 
 def _count(counts: dict[Hashable, tuple[float, float]], kind: Hashable, yes: float, all: float, prior: float) -> None:
     """Add to what is counted of a kind; old counts fade."""
-    before, all_before = counts.get(kind, (prior, prior))
+    if kind not in counts:
+        counts[kind] = prior * _overall(counts), prior
+    before, all_before = counts[kind]
     fade = min(1.0, _COUNT_MEMORY / all_before)
     counts[kind] = (before * fade + yes, all_before * fade + all)
     if len(counts) > _MOST_KINDS:
         del counts[next(iter(counts))]
+
+
+def _overall(counts: dict[Hashable, tuple[float, float]]) -> float:
+    """Share over all kinds, by which a new one is judged at first; 1 before there are any."""
+    yes, all = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    return yes / all if all else 1.0
 
 
 def _without_prompts(load: Load) -> Load:

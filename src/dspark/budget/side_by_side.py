@@ -78,6 +78,11 @@ class SideBySide:
                 self._compare(other, list(steps), kind, [step])
         self._run.append(step)
 
+    def skip(self) -> None:
+        """A step like the one before it, which says no more."""
+        self._now += 1
+        self._last = self._now
+
     def num_pairs(self, num_requests: int, num_asked: int) -> int:
         """How many are remembered of about so many requests, of which about so many were drafted for."""
         return len(self._pairs.get(_kind(num_requests, num_asked), ()))

@@ -33,21 +33,16 @@ class Drafting:
         self.drafter, self.target, self.rule, self.guard = drafter, target, rule, guard
         self._failed: set[int] = set()  # requests that go on without drafts
         self._has_logged = False
+        self._ids: list[int] = []  # that the guard was asked about last,
+        self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
 
     def propose(self, record: StepRecord, decoding: Sequence[Request], with_room: Sequence[int]) -> Draft:
         """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
         if not self.drafter.length:
             return Draft.empty(len(decoding))
-        rows = [b for b in with_room if decoding[b].id not in self._failed]
+        rows = [b for b in with_room if decoding[b].id not in self._failed] if self._failed else list(with_room)
         if self.guard is not None and rows:
-            assert record.load is not None
-            could = [decoding[b] for b in rows]
-            chosen = self.guard.choose([r.id for r in could], record.load, [_kind(r) for r in could])
-            if len(chosen) < len(rows):
-                left_out = {*rows} - {rows[c] for c in chosen}
-                rows = [rows[c] for c in chosen]
-                record.num_skipped, record.skip_reason = len(left_out), self.guard.reason
-                self._bound_features(record, [decoding[b] for b in sorted(left_out)])
+            rows = self._worth_asking(self.guard, record, decoding, rows)
         if not rows:
             return Draft.empty(len(decoding))
         asked = [decoding[b] for b in rows]
@@ -57,6 +52,21 @@ class Drafting:
         for request in asked:
             request.features_start, request.features = request.num_cached, None
         return draft.among(rows, len(decoding))
+
+    def _worth_asking(
+        self, guard: Guard, record: StepRecord, decoding: Sequence[Request], rows: list[int]
+    ) -> list[int]:
+        assert record.load is not None
+        could = decoding if len(rows) == len(decoding) else [decoding[b] for b in rows]
+        ids = [r.id for r in could]
+        if ids != self._ids:  # mostly they are the same
+            self._ids, self._kinds = ids, [_kind(r) for r in could]
+        chosen = guard.choose(ids, record.load, self._kinds)
+        if len(chosen) < len(rows):
+            record.num_skipped, record.skip_reason = len(rows) - len(chosen), guard.reason
+            spared = {*chosen}
+            self._bound_features(record, [r for n, r in enumerate(could) if n not in spared] if chosen else could)
+        return [rows[c] for c in chosen]
 
     def propose_unread(self, record: StepRecord, requests: Sequence[Request]) -> Draft:
         """A draft for all of them, wherever it lies, which nobody has looked at: of drafters that leave chains."""
@@ -80,7 +90,7 @@ class Drafting:
 
     def keep_features(self, request: Request, piece: FeaturePiece) -> None:
         """Remember features of the positions just committed until the drafter has read them."""
-        if request.id in self._failed:
+        if self._failed and request.id in self._failed:
             return
         request.feature_pieces.append(piece)
         request.num_loose += 1
@@ -139,7 +149,7 @@ class Drafting:
 
     def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> None:
         """Have the drafter read what has piled up for requests that it is not asked about."""
-        full = [r for r in left_out if r.num_cached - r.features_start > _MOST_UNREAD and r.feature_pieces]
+        full = [r for r in left_out if r.num_cached > r.features_start + _MOST_UNREAD and r.feature_pieces]
         if not full:
             return
         record.num_unread += sum(map(_join_features, full))
