@@ -304,6 +304,16 @@ def test_names_are_not_objects(target):
         Engine(target, "ngram")
     with pytest.raises(InvalidConfiguration, match=r"load_drafter\('ngram', load_target\('tiny'\)\)"):
         load_drafter("ngram", "tiny")
+    with pytest.raises(InvalidConfiguration, match="'none' for plain decoding"):
+        load_drafter(None, target)
+
+
+def test_prompts_come_in_whatever_holds_them(target):
+    settings = SamplingParams(temperature=0, max_tokens=4)
+    expected = [plain(target, prompt, temperature=0, max_tokens=4).token_ids for prompt in ([1, 2], [3, 4])]
+    for prompts in ((p for p in ([1, 2], [3, 4])), np.array([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 4]])):
+        assert [g.token_ids for g in Engine(target).generate(prompts, settings)] == expected
+    assert Engine(target).generate(torch.tensor([1, 2]), settings)[0].token_ids == expected[0]
 
 
 @pytest.mark.parametrize("prompts", [5, None, {"role": "user", "content": "hi"}])

@@ -61,6 +61,13 @@ def test_a_quantised_model_without_its_package(copy: Path, monkeypatch: pytest.M
         load_target(copy)
 
 
+def test_what_from_pretrained_does_not_take(copy: Path) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"unexpected keyword argument 'load_in_8bit'.*quantization_config"):
+        load_target(copy, load_in_8bit=True)
+    with pytest.raises(InvalidConfiguration, match="not from a Linear"):
+        load_target(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
 def test_a_pickle_that_would_run_code(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save({"x": Path("somewhere")}, copy / "pytorch_model.bin")

@@ -44,6 +44,11 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
 
     Raises CheckpointError where it does not fit the target, and InvalidConfiguration for a name that means nothing.
     """
+    if not isinstance(name_path_or_id, str | os.PathLike):
+        raise InvalidConfiguration(
+            f"a drafter is loaded by its name ('none' for plain decoding), from a folder or a hub id; got a "
+            f"{type(name_path_or_id).__name__}: an object with propose and release goes to Engine as it is"
+        )
     name = os.fspath(name_path_or_id)
     if isinstance(target, str):
         raise InvalidConfiguration(f"a drafter is loaded for a target: load_drafter({name!r}, load_target({target!r}))")

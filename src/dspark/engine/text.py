@@ -67,6 +67,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A string, one conversation and one list of token ids are each a single prompt."""
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise InvalidRequest(f"prompts are a string, messages, token ids, or a list of these; got {prompts!r:.80}")
+    if not isinstance(prompts, Sequence):  # a generator, an array
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
     return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
 

@@ -49,6 +49,11 @@ def load_target(
     Raises CheckpointError where there is no such model or it cannot be read, UnsupportedModel where it does not run over
     the slot cache, and InvalidConfiguration for options that it cannot have.
     """
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise InvalidConfiguration(
+            f"a target is loaded from a folder or a hub id, and not from a {type(path_or_id).__name__}: save a model that is "
+            "in memory with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+        )
     name = os.fspath(path_or_id)
     source = resolve(name)
     wanted = _dtype(dtype)
@@ -148,6 +153,13 @@ def _load_model(name: str, source: str, dtype: torch.dtype | str, options: dict[
         model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except UNREADABLE as error:
         raise explained(name, source, error, options) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidConfiguration(
+            f"{name} takes no such option: {error}. What load_target does not know goes to transformers' from_pretrained; "
+            "to quantise, give it a quantization_config"
+        ) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -36,7 +36,7 @@ def explained(name: str, source: str, error: Exception, options: dict[str, Any])
             f"transformers {transformers.__version__} does not know the model type of {name} ({_model_type(source)}): "
             "pip install --upgrade transformers, or choose another model"
         )
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) or "pip install" in text:
         return InvalidConfiguration(f"{name} needs a package that is not installed here: {first_line}")
     if isinstance(error, pickle.UnpicklingError):
         return CheckpointError(
