@@ -137,7 +137,7 @@ class Benchmark:
         if options.compile:
             self.say("compiling")
             for layers in ((), drafter.feature_layers):
-                target.compile(layers, num_requests=max(options.requests))
+                target.compile(layers)
             drafter.compile()
         self.target = target
         self.ready = gpu_sections.Ready(target, drafter, Dice(rates, options.concentration), max(options.requests))

@@ -60,13 +60,23 @@ def read_and_drop(target: Target, spans: list[Span], layers: tuple[int, ...]) ->
     return logits
 
 
-def test_steady_state_compiles_nothing(make_pair: Callable[..., Any], traced: list[torch.fx.GraphModule]) -> None:
+def test_steady_state_compiles_nothing(
+    make_pair: Callable[..., Any], traced: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = make_pair("mistral", num_slots=3000, num_hidden_layers=1)
     target, layers = pair.target, (0, -1)
     assert target.compile(layers)
     assert counters["stats"]["unique_graphs"] == 3
     of_one_request = {name: [1] for name in ("slots", "starts", "queries", "inside", "firsts", "ids", "positions")}
     assert fixed_sizes(traced[1]) == of_one_request and fixed_sizes(traced[2]) == {"ids": [1], "positions": [1]}
+    run_eagerly, eagerly = target._eager, list[torch.Tensor]()
+
+    def note(token_ids: torch.Tensor, *others: Any, **options: Any) -> Any:
+        if options["feature_layers"] == layers:
+            eagerly.append(token_ids)
+        return run_eagerly(token_ids, *others, **options)
+
+    monkeypatch.setattr(target, "_eager", note)
     rng = random.Random(0)
     texts = {request: [rng.randrange(3, 97) for _ in range(250)] for request in range(9)}
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -102,6 +112,7 @@ def test_steady_state_compiles_nothing(make_pair: Callable[..., Any], traced: li
                 torch.testing.assert_close(compiled.logits, eager.logits, atol=2e-5, rtol=0)
                 torch.testing.assert_close(compiled.features[:, :32], eager.features, atol=2e-5, rtol=0)
             target.cache.check()
+        assert all(len(token_ids) == 1 for token_ids in eagerly)  # the first of a text; long spans are read in pieces
         target.capture(RunAgain(), layers)  # as on CUDA: the same graphs over padded inputs
         for request in target.cache.request_ids:
             target.release(request)

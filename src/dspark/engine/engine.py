@@ -120,7 +120,7 @@ class Engine:
         self._abandoned: deque[Request] = deque()
         self._step = Overlapped(self.drafter, self.rule, chosen_by, self.guard).step if overlap else plain_step
         if compile:
-            target.compile(self.drafter.feature_layers, num_requests=max_num_seqs)
+            target.compile(self.drafter.feature_layers)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
                 self.drafter.compile()
                 self._warm_up()

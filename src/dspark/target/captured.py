@@ -179,7 +179,7 @@ class CapturedForward:
         self._steps: OrderedDict[Size, _Step | None] = OrderedDict()  # None: recording failed; last used last
         self._num_moves = cache.num_moves
 
-    def takes(self, plan: Plan, num_logits: int) -> bool:
+    def takes(self, plan: Plan) -> bool:
         """Whether there is a recording for this forward; made now if its size is new."""
         if not plan.is_for_graph or len(plan.write) > self.limits.most_tokens:
             return False

@@ -56,9 +56,9 @@ class CompiledForward:
         self._storage_of = tuple(cache.storage)
         self._graphs: dict[str, Direct] = {}
 
-    def takes(self, plan: Plan, num_logits: int) -> bool:
-        """Whether there is a graph for this forward: sizes of 0 and 1 would be compiled in, so it needs more."""
-        return plan.is_for_graph and num_logits > 0
+    def takes(self, plan: Plan) -> bool:
+        """Whether there is a graph for this forward."""
+        return plan.is_for_graph
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan
@@ -71,7 +71,7 @@ class CompiledForward:
             "ids": token_ids[None],
             "positions": positions[None],
             "write": plan.write,
-            "logit_rows": logit_rows if num_rows > 1 or kind == _ALONE else logit_rows.repeat(2),
+            "logit_rows": logit_rows if num_rows > 1 or kind == _ALONE else _two(logit_rows),
             "slots": group.slots,
             "starts": visibility.starts,
             "queries": visibility.positions,
@@ -143,6 +143,11 @@ def frozen_weights(device: torch.device) -> Any:
     options: dict[str, Any] = dict.fromkeys(("freezing", "cpp.enable_concat_linear", "cpp_wrapper"), is_cpu)
     options |= {"size_asserts": not is_cpu, "cpp.min_chunk_size": _MOMENT}
     return config.patch(options)
+
+
+def _two(rows: Tensor) -> Tensor:
+    """Instead of one row, or of none, which would be compiled in."""
+    return rows.repeat(2) if len(rows) else rows.new_zeros(2)
 
 
 def _kind_of(group: Group) -> str:

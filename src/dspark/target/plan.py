@@ -187,24 +187,28 @@ def read_spans(spans: Sequence[Span], write: np.ndarray) -> Inputs:
 
 
 def in_short_pieces(spans: Sequence[Span]) -> list[Span]:
-    """The same tokens as spans that are all short, a request's one after another: attended by one kernel in one order.
-
-    Chains only: what a token of a tree sees lies at other places than it would in a chain, so its sums would differ.
-    """
+    """The same tokens, but of long chains, which are cut into short ones that come one after another."""
     pieces: list[Span] = []
     for span in spans:
-        if span.parents is not None or span.is_block:
-            raise InvalidConfiguration(
-                "a deterministic target reads chains of tokens; a tree was drafted: use a drafter without tree, or a "
-                "target that is not deterministic"
-            )
         num_tokens = len(span.tokens)
+        if num_tokens <= SHORT or not span.is_chain:
+            pieces.append(span)
+            continue
         for first in range(0, num_tokens, SHORT):
             tokens = span.tokens[first : first + SHORT]
             num_after = num_tokens - first - len(tokens)
             num_logits = min(max(span.num_logits - num_after, 0), len(tokens))
             pieces.append(Span(span.request_id, span.start + first, tokens, num_logits=num_logits))
     return pieces
+
+
+def refuse_trees(spans: Sequence[Span]) -> None:
+    """What a token of a tree sees lies at other places than it would in a chain, so its sums would differ."""
+    if not all(span.is_chain for span in spans):
+        raise InvalidConfiguration(
+            "a deterministic target reads chains of tokens; a tree was drafted: use a drafter without tree, or a "
+            "target that is not deterministic"
+        )
 
 
 def make_plan(
@@ -216,7 +220,7 @@ def make_plan(
 ) -> Plan:
     """The plan on the host. for_graph: a graph will run this if it can, so leave nothing out that it takes."""
     for_graph = for_graph and len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
-    if for_graph and len(spans) == 1 and spans[0].parents is None and not spans[0].is_block and view is None:
+    if for_graph and len(spans) == 1 and spans[0].is_chain and view is None:
         groups = [_plan_chain(spans[0], inputs, cache)]
     else:
         groups = [_plan_group(spans, inputs, members, cache, for_graph, view) for members in inputs.groups]
@@ -281,7 +285,7 @@ def _plan_group(
     rows = offsets[:, None] + np.where(is_real, steps, 0)
     covers_all = int(sizes.sum()) == len(inputs.token_ids)
     in_order = bool(is_real.all()) and (is_alone or not for_graph)
-    is_chain = all(spans[b].parents is None and not spans[b].is_block for b in members)
+    is_chain = all(spans[b].is_chain for b in members)
 
     needs_inside = not is_chain or (for_graph and num_queries > 1)
     inside = None

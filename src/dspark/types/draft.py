@@ -104,3 +104,8 @@ class Span:
     parents: Sequence[int] | None = None
     num_logits: int = 0
     is_block: bool = False
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token sees those before it and no others."""
+        return self.parents is None and not self.is_block
