@@ -157,6 +157,15 @@ def test_a_token_is_decoded_once_where_tokens_are_just_bytes(monkeypatch: pytest
     assert decoded and all(REPLACEMENT in TOKENIZER.decode(ids[:1]) for ids in decoded)  # the parts of 😀
 
 
+def test_what_a_template_shows_must_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    tokenizer.chat_template = "{{ messages[0].name }}{{ tools[0].name if tools }}"
+    said = {"role": "user", "content": "a"}
+    for messages, tools in (([{**said, "name": "\ud800"}], []), ([said], [{"name": "\ud800"}])):
+        with pytest.raises(InvalidRequest, match="not valid text"):
+            render_prompt(tokenizer, messages, tools=tools)
+
+
 # -- stop strings ---------------------------------------------------------------------------------------------------
 
 stop_lists = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3)

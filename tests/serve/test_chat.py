@@ -118,6 +118,11 @@ def test_penalties_bias_and_extras_reach_the_engine(served, plain):
     assert answer.usage.completion_tokens == 16
 
 
+def test_top_p_of_nothing_leaves_the_likeliest(served):
+    said = [chat(served, max_tokens=12, **law).choices[0].message.content for law in ({"top_p": 0}, {"temperature": 0})]
+    assert said[0] == said[1]
+
+
 def test_null_is_left_out_and_hints_change_nothing(served):
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "seed": 2}
     hints = {"n": None, "stream": None, "stop": None, "logprobs": None, "ignore_eos": None, "tools": None}

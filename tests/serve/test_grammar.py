@@ -11,6 +11,7 @@ import torch
 
 from dspark import Engine, SamplingParams, load_drafter
 from dspark.engine.worker import Worker
+from dspark.errors import InvalidRequest
 from dspark.serve.grammar import Grammars
 from dspark.types import Draft
 from engine.models import OracleDrafter
@@ -185,6 +186,26 @@ def test_some_tool_is_called_where_one_is_required(served):
     turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
     result = {"role": "tool", "tool_call_id": call.id, "content": "12:00"}
     assert chat(served, messages=[*MESSAGES, turn, result], max_tokens=3).choices[0].message.content is not None
+
+
+def test_arguments_are_an_object_and_none_without_parameters(served):
+    number = {"properties": {"size": {"type": "integer"}}, "required": ["size"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": "go"}}]
+    tools[1]["function"]["parameters"] = number  # of no type: any JSON, by the letter
+    bias = {"96": 20}  # "}": an end in sight
+    for name, fields in (("now", set()), ("go", {"size"})):
+        choice = {"type": "function", "function": {"name": name}}
+        (call,) = chat(served, tools=tools, tool_choice=choice, logit_bias=bias).choices[0].message.tool_calls
+        assert json.loads(call.function.arguments).keys() == fields
+    (call,) = chat(served, tools=tools, tool_choice="required", logit_bias=bias).choices[0].message.tool_calls
+    assert isinstance(json.loads(call.function.arguments), dict)
+
+
+def test_what_is_wrong_with_a_schema_is_said_in_a_line(grammars):
+    for schema, words in (({"$ref": "#"}, "no text begins it"), ({"type": "string", "pattern": "("}, "unclosed group")):
+        with pytest.raises(InvalidRequest, match=words) as refused:
+            grammars.json_schema(schema)
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
 
 
 def test_schemas_that_are_too_much(served):

@@ -32,7 +32,7 @@ def post(served, body, path="/v1/chat/completions", **options):
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
@@ -60,6 +60,7 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": False}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": NESTED}}]}, ""),
@@ -101,6 +102,9 @@ def test_what_is_no_json_or_no_route(served):
         reply = httpx.post(served.url + "/v1/chat/completions", content=content, headers=headers)
         assert reply.status_code == 400, content
         assert reply.json()["error"]["message"]
+    for content, words in ((b"", "must be a JSON object"), (b"[]", "must be a JSON object"), (b'"\xff"', "in UTF-8")):
+        reply = httpx.post(served.url + "/v1/chat/completions", content=content, headers=headers)
+        assert words in reply.json()["error"]["message"], content
     surrogate = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     assert httpx.post(served.url + "/v1/chat/completions", content=surrogate, headers=headers).status_code == 400
     nowhere = httpx.post(served.url + "/chat/completions", json=CHAT).json()["error"]  # a base_url without /v1
@@ -135,6 +139,23 @@ def test_a_body_that_never_comes_is_given_up(target):
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             raw.settimeout(30)
             assert b" 408 " in raw.recv(100)
+
+
+def test_heads_without_end_are_refused(served, monkeypatch):
+    host, port = served.url.removeprefix("http://").split(":")
+    address = (host, int(port))
+    with socket.create_connection(address, timeout=10) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 2**16)
+        assert b" 431 " in line.recv(2**16)
+    monkeypatch.setattr("dspark.serve.heads.SECONDS", 0.2)
+    for begun in (b"", b"GET /health HTTP/1.1\r\nHo"):
+        with socket.create_connection(address, timeout=10) as line:
+            line.sendall(begun)
+            assert line.recv(2**16) == b""
+    with httpx.Client(base_url=served.url) as client:  # a connection that goes on
+        for _ in range(3):
+            assert client.get("/health", headers={"x-long": "a" * 2**15}).status_code == 200
+            time.sleep(0.3)
 
 
 def test_keys(target):

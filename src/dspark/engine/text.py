@@ -6,6 +6,7 @@ their input is cut: `Detokenizer` for tokens that hold part of a character, `Sto
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -102,6 +103,9 @@ def _render_chat(
         )
     except TemplateError as error:
         raise InvalidRequest(f"the chat template of this tokenizer refuses these messages: {error}") from error
+    except TypeError:  # which is all that tokenizers say where names, calls or tools are no text
+        _valid_text(json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str))
+        raise
     return _not_empty(list(rendered["input_ids"]))
 
 

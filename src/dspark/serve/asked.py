@@ -143,12 +143,17 @@ def _forced_functions(body: ChatRequest) -> dict[str, Mapping[str, Any]] | None:
         raise ApiError(400, "tool_choice: needs tools", "tool_choice")
     if choice is None or choice in ("none", "auto"):
         return None
-    functions: dict[str, Mapping[str, Any]] = {
-        tool.function.name: tool.function.parameters or {"type": "object"} for tool in body.tools or ()
-    }
+    functions = {tool.function.name: _arguments(tool.function.parameters) for tool in body.tools or ()}
     if isinstance(choice, NamedTool) and choice.function.name not in functions:
         raise ApiError(400, f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice.function.name")
     return functions
+
+
+def _arguments(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The schema of a function's arguments, which are an object; without parameters there are none, as OpenAI has it."""
+    if parameters is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **parameters}
 
 
 def voice_of(body: ChatRequest | CompletionRequest) -> Voice:

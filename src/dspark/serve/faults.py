@@ -91,6 +91,8 @@ def add_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = str(error.detail or http.HTTPStatus(error.status_code).phrase)
+        if error.status_code == 400:  # of FastAPI alone: a body that is no UTF-8, or numbers without end
+            message = "the body cannot be read: it must be JSON in UTF-8"
         if error.status_code == 404:
             message = f"nothing is served at {request.url.path}: the API begins with /v1, and /openapi.json lists it"
         answer = ApiError(error.status_code, message)
@@ -112,6 +114,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     # Every member of a union complains: the one that got furthest into what came is the one that was meant.
     first = max(of_first_field, key=lambda each: len(_path(each["loc"])))
     path = _path(first["loc"])
+    if not path and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
     if first["type"] == "extra_forbidden":

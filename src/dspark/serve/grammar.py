@@ -17,6 +17,8 @@ from dspark.errors import InvalidRequest
 # Between the parts of JSON: a space, or a new line and its indentation. With more, a model can write blanks for ever.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n {0,16})?"}
 
+_MOST_OF_COMPLAINT = 300  # characters
+
 
 class Grammars:
     """Compiles grammars for one tokenizer. Building it takes a moment; requests then share it, from any thread."""
@@ -49,8 +51,11 @@ class Grammars:
         """A grammar by its `text`, which another process may have found good."""
         matcher = LLMatcher(self._tokenizer, text)
         if matcher.is_error():
-            reason = (matcher.get_error() or "unknown error").strip().splitlines()[0]
-            raise InvalidRequest(f"the schema cannot be used as a grammar: {reason}")
+            raise InvalidRequest(f"the schema cannot be used as a grammar: {_complaint(matcher)}")
+        beginning = matcher.deep_copy()
+        beginning.compute_bitmask()
+        if beginning.is_error():  # such as {"$ref": "#"}, which says nothing of itself
+            raise InvalidRequest(f"the schema cannot be used as a grammar: no text begins it ({_complaint(beginning)})")
         return JsonGrammar(text, matcher, self._vocab_size, self._end_token_ids)
 
 
@@ -83,7 +88,7 @@ class JsonMatcher:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if not self._matcher.is_error():
                 return torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool))
-            self.fault = str(self._matcher.get_error())  # a schema can be too expensive to follow
+            self.fault = _complaint(self._matcher)  # a schema can be too expensive to follow
         mask = torch.zeros(self._vocab_size, dtype=torch.bool)
         mask[self._end_token_ids or slice(None)] = True
         return mask
@@ -98,6 +103,12 @@ class JsonMatcher:
         num_read = self._matcher.try_consume_tokens(rest) if rest else 0
         self._read += rest[:num_read]
         return num_read == len(rest)
+
+
+def _complaint(matcher: LLMatcher) -> str:
+    """What is wrong, in a line, without the state that follows it."""
+    said, _, _ = (matcher.get_error() or "unknown error").partition("<state>")
+    return " ".join(said.split())[:_MOST_OF_COMPLAINT]
 
 
 def _num_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from dspark.errors import InvalidConfiguration
 from dspark.serve.engine_end import SWITCH_SECONDS
+from dspark.serve.heads import BoundedHeads
 
 if TYPE_CHECKING:
     from dspark.serve.backend import Backend
@@ -55,7 +56,12 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, backend: Backend, drain_seconds: float) -> None:
         grace = int(drain_seconds + _GRACE_SECONDS)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=grace
+            app,
+            http=BoundedHeads,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=grace,
         )
         super().__init__(config)
         self._backend, self._drain_seconds = backend, drain_seconds

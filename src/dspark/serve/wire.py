@@ -12,6 +12,7 @@ _Text = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, strict=True)]
 _Number = Annotated[float, Field(ge=-(10.0**6), le=10.0**6)]
 _INT64 = 2**63
+_LEAST_TOP_P = 1e-9
 
 
 class _Body(BaseModel):
@@ -109,7 +110,7 @@ class _Generate(_Body):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0: only the likeliest token")
     stop: _Text | list[_Text] | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     presence_penalty: _Number | None = None
@@ -142,7 +143,7 @@ class _Generate(_Body):
         given = {
             "temperature": self.temperature,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "top_p": self.top_p,
+            "top_p": self.top_p if self.top_p is None else max(self.top_p, _LEAST_TOP_P),
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
