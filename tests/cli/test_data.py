@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.command import PAIR, is_one_line_error, run
+from cli.command import PAIR, base_model, is_one_line_error, run
 from dspark.train.texts import read_infos, read_log, read_texts
 
 Capture = pytest.CaptureFixture[str]
@@ -67,6 +67,15 @@ def test_regenerate_goes_on_with_more_and_refuses_other_settings(capsys: Capture
     for change, named in ((("--seed", "1"), "seed = 0"), (("--system", "Be brief."), "another system prompt")):
         code, _, err = run(capsys, *command, *change)
         assert code == 2 and named in err and "use a new folder" in err
+
+
+def test_a_base_model_says_why_it_answers_no_conversations(capsys: Capture, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("A river is a stream of water that flows to the sea.")
+    inputs = (str(rows), str(tmp_path / "plain.txt"), "--on-error", "skip")
+    target = ("--target", base_model(tmp_path / "base"), "--out", str(tmp_path / "answers"))
+    code, _, err = run(capsys, "data", "regenerate", *inputs, *target, *ANSWER)
+    assert code == 0 and "1 written + 0 failed + 7 skipped" in err
+    assert "skipped 6: a conversation, and this tokenizer has no chat template" in err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dspark.engine.engine import Engine
+from dspark.engine.text import has_chat_template
 from dspark.errors import InvalidConfiguration, InvalidRequest
 from dspark.train.records import Malformed, Record
 from dspark.train.rendering import Renderer
@@ -162,6 +163,9 @@ class EngineAnswerer:
                 return None
             ids = self.renderer.tokenizer(job.record.text, verbose=False)["input_ids"]
             prompt = ids[: settings.text_prompt]
+        elif not has_chat_template(self.renderer.tokenizer):
+            job.ending = "a conversation, and this tokenizer has no chat template: it can only go on with plain texts"
+            return None
         else:
             if job.is_truncated or not job.to_next_question():
                 job.ending = "" if job.texts else "no user turn"
