@@ -169,6 +169,31 @@ def test_hard_requests_are_left_out():
     assert traffic.guard.reason == "difficulty"
 
 
+def test_a_drafter_that_costs_next_to_nothing_is_asked_about_all_or_nobody():
+    """Nothing is spared by leaving out the hard ones; what is verified of their drafts the scheduler decides."""
+
+    class Cheap(Machine):
+        def draft_seconds(self, requests, context_tokens):
+            return 0.025 * requests
+
+    traffic = Traffic(Cheap(per_token=0.1, per_draft=0.0), [0.9] * 4 + [0.05] * 4)
+    traffic.run(200)
+    assert {len(rows) for rows in traffic.drafted} == {0, 8}
+    assert sum(len(rows) == 8 for rows in traffic.drafted) > 150
+
+
+def test_decisions_wait_for_drafts_where_few_are_found():
+    guard, decided = Guard(Machine(per_token=0.02, per_draft=0.02)), []
+    guard._num_judged, guard._decide_after, guard._decided_for = 24, 16, 0
+    guard._decide = lambda ids, load: decided.append(guard._now)
+    guard._needs_plain_step = lambda load: False
+    guard._decided_about = {0}
+    for _ in range(64):
+        guard.choose([0], Load(1, 1, 100))
+        guard.observe(StepRecord([0], [0], [0], [0], num_asked=1))
+    assert decided == [64]
+
+
 @pytest.mark.parametrize("prompt_tokens", [0, 500])
 def test_prompts_that_the_drafter_reads_are_part_of_what_it_costs(prompt_tokens):
     """Drafts pay, but not where as much time again goes into reading prompts that plain decoding leaves unread."""

@@ -45,7 +45,7 @@ def test_the_ratio_of_neighbours_is_found_on_a_wandering_machine():
         pairs.observe(step(0 if i % 10 < 2 else 8, speed * (5e-3 if i % 10 < 2 else 15e-3)))
     assert pairs.num_pairs(8, 8) == 12
     assert pairs.excess(Believed(), LOAD, 8) == pytest.approx(1.5, rel=0.08)
-    assert pairs.excess(Believed(), LOAD, 1) == 1.0 and pairs.num_pairs(32, 32) == 0
+    assert pairs.num_pairs(32, 32) == 0
 
 
 def test_what_is_known_of_a_like_number_of_requests_serves_until_more_is():
@@ -55,7 +55,14 @@ def test_what_is_known_of_a_like_number_of_requests_serves_until_more_is():
     own, near, far = (pairs.excess(Believed(), Load(n, n, 100 * n), n) for n in (8, 6, 16))
     assert 1.5 >= own > near > far > 1.25
     assert pairs.excess(Believed(), Load(32, 32, 3200), 32) == 1.0
-    assert pairs.excess(Believed(), Load(6, 6, 600), 1) == 1.0  # another share of them is drafted for
+
+
+def test_a_share_that_was_never_drafted_for_does_not_look_cheap_beside_one_that_was():
+    pairs = SideBySide()
+    for i in range(40):
+        pairs.observe(step(0 if i % 4 < 2 else 8, 5e-3 if i % 4 < 2 else 15e-3))
+    all_of_them, half, one = (pairs.excess(Believed(), LOAD, n) for n in (8, 4, 1))
+    assert all_of_them == half == one > 1.2
 
 
 def test_shares_of_the_requests_are_told_apart():

@@ -38,7 +38,7 @@ class GuardSettings:
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
-    reconsider_every  steps between decisions while there are about as many requests, up to four times as many where drafts
+    reconsider_every  drafted steps between decisions while there are about as many requests, up to four times as many where drafts
                       have clearly paid for a while; off, it is decided once for each mix of requests and before each
                       probe, which teaches something, and else after eight times as many, or 64 where they clearly do not
     """
@@ -69,9 +69,11 @@ _LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
+_SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
 _CLEARLY = 1.15  # times as many tokens per second
 _CLEARLY_NOT = 0.9
+_CHEAP = 0.06  # of a step
 _TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
 _COUNT_MEMORY = 400.0  # of them
 
@@ -140,7 +142,8 @@ class Guard:
         self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
-        self._decided_at = self._decide_by = self._now = 0
+        self._decided_at = self._now = 0
+        self._num_told, self._decide_after = 0, 0  # steps with drafts since then, and after how many to decide again
         self._last_plain = self._last_probe = 0
         self._measured = -1  # when plain steps were last taken to be timed
 
@@ -165,8 +168,8 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        drafted_before = frozenset(i for i in request_ids if i in self._by_request)
-        mix = _about(load.num_requests), frozenset(self._kinds.values()), drafted_before
+        num_known = sum(i in self._by_request for i in request_ids)
+        mix = _about(load.num_requests), frozenset(self._kinds.values()), num_known and 1 + _about(num_known)
         if self._is_due(request_ids, load.num_requests, mix):
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
@@ -209,6 +212,7 @@ class Guard:
         """Learn how drafts fare, and what they cost beside plain steps."""
         self._waiting.append(_Seen(self._now, record, self._asked, self._kinds))
         self._num_judged += len(self._asked)
+        self._num_told += bool(self._asked) and any(record.drafted)
         if not self._asked and record.request_ids and not record.num_prompt_tokens:
             self._last_plain = self._now
         self._asked = _NOBODY
@@ -285,7 +289,9 @@ class Guard:
             # Right before a probe: by now there may be more to read than when it was decided.
             refusal = self._refused.get(mix)
             return refusal is None or self._now >= min(refusal.until, self._last_probe + refusal.spacing)
-        if self._decided_for != _about(num_requests) or self._now >= self._decide_by:
+        if self._decided_for != _about(num_requests) or self._num_told >= self._decide_after:
+            return True
+        if self._now - self._decided_at >= _SELDOM_FOUND * self._decide_after:
             return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
@@ -296,14 +302,17 @@ class Guard:
         samples = self._samples(request_ids)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")
         num_decoding = len(request_ids)
-        plain = num_decoding / seconds_of_step(self.capacity, load, 0)[0]
+        costs = seconds_of_step(self.capacity, load, samples[0].size)
+        plain = num_decoding / float(costs[0])
         best, best_rate = 0, 0.0
         size = num_decoding
         while size:
-            tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load)
+            tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load, costs)
             seconds += tokens * self.reading_up.seconds_per_token * size / num_decoding
             if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
                 best, best_rate, self._length = size, tokens / seconds, seconds * plain / num_decoding
+            if self.capacity.draft_seconds(size, load.context_tokens) < _CHEAP * seconds:
+                break  # what would be spared by leaving someone out? What is verified of their drafts others decide
             size //= 2
         was_drafting, self._advantage = self.is_drafting, best_rate / plain
         bound = self.settings.stop_below if was_drafting else self.settings.start_above
@@ -313,22 +322,22 @@ class Guard:
         self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
         if self.is_drafting and not was_drafting:  # a probe may have been luck: a few drafts will tell
             every, self._num_clear = max(2, _FEW_TELLING // num_decoding), 0
-        self._decide_by = self._now + every
+        self._num_told, self._decide_after = 0, every
         self._num_chosen = best
         self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
         left_out = promising[best if self.is_drafting else 0 :]
         if len(left_out):
             few = left_out[: _num_probed(len(left_out))]
-            whole, some = (self._loss(samples[:, rows], num_decoding, load) for rows in (left_out, few))
+            whole, some = (self._loss(samples[:, rows], num_decoding, load, costs) for rows in (left_out, few))
             # Where drafts nearly pay, to draft for all loses little, and tells more.
             self._probes_all = whole < 2 * some
             allowed = self.settings.probe_share * num_decoding / plain  # seconds to lose in each step
             self._probe_spacing = 2 * min(whole, 2 * some) / allowed
 
-    def _loss(self, samples: Floats, num_decoding: int, load: Load) -> float:
+    def _loss(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> float:
         """Seconds lost by drafting for these requests [n, b, K] only to learn."""
-        tokens, seconds = self._expected(samples, num_decoding, load)
-        plain = seconds_of_step(self.capacity, load, 0)[0] / num_decoding
+        tokens, seconds = self._expected(samples, num_decoding, load, costs)
+        plain = float(costs[0]) / num_decoding
         piled_up = self.reading_up.seconds(load.context_tokens * samples.shape[1] / num_decoding)
         # Even a probe that pays costs something: it disturbs what was found to be best. It is two steps that read once.
         return max(seconds - tokens * plain, 0.02 * seconds) + piled_up / 2
@@ -346,12 +355,13 @@ class Guard:
         long_run = np.array([usual[self._kinds.get(i)] for i in request_ids])
         for b, request_id in enumerate(request_ids):
             fare = self._by_request.get(request_id)
-            own = [] if fare is None else [row for now, row in fare.rows if now > since]
+            newest = () if fare is None else islice(reversed(fare.rows), num)
+            own = [row for now, row in newest if now > since]
             if fare is not None and own:
                 num_own = min(fare.num, _LONG_RUN)
                 long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * long_run[b]) / (num_own + _LIKE_OTHERS)
             for n in range(num):
-                row = own[-1 - n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
+                row = own[n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
                 length = min(len(row), samples.shape[2])
                 samples[n, b, :length] = row[:length]
         promised = np.maximum(samples.sum(2).mean(0), 1e-9)
@@ -371,21 +381,28 @@ class Guard:
             total, weights = total + weight * fare.promise, weights + weight
         return total / weights if weights else 0.0
 
-    def _expected(self, samples: Floats, num_decoding: int, load: Load) -> tuple[float, float]:
-        """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it."""
-        context = round(load.context_tokens * samples.shape[1] / num_decoding)
-        load = replace(load, draft_seconds=self.capacity.draft_seconds(samples.shape[1], context))
-        falling = -np.sort(-samples.reshape(len(samples), -1), axis=1)
-        tokens = np.cumsum(np.concatenate([np.full((len(samples), 1), num_decoding), falling], 1), 1)
-        seconds = seconds_of_step(self.capacity, load, falling.shape[1])
+    def _expected(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> tuple[float, float]:
+        """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it.
+
+        costs [b * K + 1 or more]  seconds of verifying 0, 1, … draft tokens, without drafting
+        """
+        num, num_asked = samples.shape[:2]
+        drafting = self.capacity.draft_seconds(num_asked, round(load.context_tokens * num_asked / num_decoding))
+        tokens = np.empty((num, samples[0].size + 1))
+        tokens[:, 0] = 0.0
+        np.cumsum(-np.sort(-samples.reshape(num, -1), axis=1), 1, out=tokens[:, 1:])
+        tokens += num_decoding
+        seconds = costs[: tokens.shape[1]] + drafting
         best = (tokens / seconds).argmax(1)
-        excess = self.side_by_side.excess(self.capacity, load, samples.shape[1])
+        excess = self.side_by_side.excess(self.capacity, load, num_asked)
         found, in_vain = self._share, 1 - self._share
-        expected = found * self._recent_mean(tokens[np.arange(len(samples)), best]) + in_vain * num_decoding
+        expected = found * self._recent_mean(tokens[np.arange(num), best]) + in_vain * num_decoding
         return expected, excess * (found * self._recent_mean(seconds[best]) + in_vain * float(seconds[0]))
 
     def _recent_mean(self, values: Floats) -> float:
         """Of values [n], newest first."""
+        if len(values) == 1:
+            return float(values[0])
         weights = 0.5 ** (np.arange(len(values)) / self.settings.half_life)
         return float(weights @ values / weights.sum())
 

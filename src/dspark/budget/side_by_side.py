@@ -11,6 +11,7 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
 from dspark.types import Load, StepRecord
@@ -49,6 +50,7 @@ class SideBySide:
 
     def __init__(self) -> None:
         self._pairs: dict[_Kind, deque[_Pair]] = {}
+        self._columns: dict[_Kind, NDArray[np.float64]] = {}  # the same as arrays, by rising tokens, for who asks
         self._kind: _Kind | None = None  # of the last steps
         self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for one right after another kind
         self._before: tuple[_Kind | None, deque[_Step]] = (None, deque())  # the run of another kind before this one
@@ -90,25 +92,28 @@ class SideBySide:
     def excess(self, capacity: Capacity, load: Load, num_asked: int) -> float:
         """How many times dearer, beside plain ones, steps with so many drafts are than `capacity` has it; 1: not known.
 
-        Where nothing was compared yet with about so many requests, it is as with somewhat more or fewer.
+        Where nothing was compared yet with about so many requests, it is as with somewhat more or fewer, or else as with
+        another share of them drafted for: a share that was never tried would look cheap beside one that was.
         """
-        kind = _kind(load.num_requests, num_asked)
-        near = [k for k in self._pairs if k.halvings == kind.halvings and abs(k.requests - kind.requests) <= _NEAR]
+        kind, halvings = _kind(load.num_requests, num_asked), round(math.log2(load.num_requests / num_asked))
+        near = [k for k in self._pairs if abs(k.requests - kind.requests) <= _NEAR]
         if not near or not capacity.is_known:
             return 1.0
-        nearest = min(near, key=lambda k: abs(k.requests - kind.requests))
+        nearest = min(near, key=lambda k: (abs((k.halvings or 0) - halvings), abs(k.requests - kind.requests)))
         distance = abs(nearest.requests - kind.requests)
         n = round(2 ** (nearest.requests / 2)) if distance else load.num_requests
         context = round(load.context_tokens * n / load.num_requests)
-        pairs = sorted(self._pairs[nearest], key=lambda pair: pair.tokens)
-        ratios, tokens, asked = np.array(pairs).T
-        num_asked = max(1, round(asked.mean()))
+        if nearest not in self._columns:
+            self._columns[nearest] = np.array(sorted(self._pairs[nearest], key=lambda pair: pair.tokens)).T
+        ratios, tokens, asked = self._columns[nearest]
+        num_asked = max(1, round(float(asked.sum()) / len(asked)))
         sizes = np.maximum(np.concatenate([[n], tokens.round()]).astype(np.int64), n)
         plain, *drafted = capacity.seconds(sizes, n, context)
         drafting = capacity.draft_seconds(num_asked, round(context * min(1.0, num_asked / n)))
-        errors = np.sort(ratios - np.log((np.array(drafted) + drafting) / plain))
+        errors = np.sort(ratios - np.log((np.array(drafted) + drafting) / plain)).tolist()
         cut, num = (len(errors) + 2) // 5, len(errors)
-        return math.exp(errors[cut : num - cut].mean() * num / (num + _PRIOR * (1 + distance)))
+        middle = errors[cut : num - cut]
+        return math.exp(sum(middle) / len(middle) * num / (num + _PRIOR * (1 + distance)))
 
     def _compare(self, kind: _Kind, steps: list[_Step], other: _Kind, others: list[_Step]) -> None:
         if kind.requests != other.requests or (kind.halvings is None) == (other.halvings is None):
@@ -119,6 +124,7 @@ class SideBySide:
         if abs(ratio) > _ABSURD:
             return
         tokens, asked = (sum(getattr(s, f) for s in steps) / len(steps) for f in ("tokens", "asked"))
+        self._columns.pop(kind, None)
         self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked))
 
 
