@@ -141,12 +141,25 @@ def test_a_body_that_never_comes_is_given_up(target):
             assert b" 408 " in raw.recv(100)
 
 
-def test_heads_without_end_are_refused(served, monkeypatch):
+def test_what_is_no_http_and_heads_without_end_are_refused(served, monkeypatch):
     host, port = served.url.removeprefix("http://").split(":")
     address = (host, int(port))
     with socket.create_connection(address, timeout=10) as line:
         line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 2**16)
         assert b" 431 " in line.recv(2**16)
+    with socket.create_connection(address, timeout=10) as line:
+        line.sendall(b"no HTTP\r\n\r\n")
+        status, _, body = line.recv(2**16).partition(b"\r\n\r\n")
+        assert b" 400 " in status and json.loads(body)["error"]["type"] == "invalid_request_error"
+    with socket.create_connection(address, timeout=10) as line:  # nothing comes into the midst of an answer
+        stream = json.dumps({**CHAT, "max_tokens": 500, "ignore_eos": True, "stream": True}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d"
+        line.sendall(head % len(stream) + b"\r\n\r\n" + stream)
+        got = line.recv(2**16)
+        line.sendall(b"no HTTP\r\n\r\n")
+        while piece := line.recv(2**16):
+            got += piece
+        assert got.count(b"HTTP/1.1") == 1 and b"[DONE]" not in got
     monkeypatch.setattr("dspark.serve.heads.SECONDS", 0.2)
     for begun in (b"", b"GET /health HTTP/1.1\r\nHo"):
         with socket.create_connection(address, timeout=10) as line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http
 import json
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -44,6 +45,10 @@ class BoundedHeads(HttpToolsProtocol):
                     ApiError(431, f"the headers are larger than {MOST_BYTES} bytes, the most this server takes")
                 )
 
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls where something is no HTTP."""
+        self._refuse(ApiError(400, msg))
+
     def _begin_head(self) -> None:
         self._end_head()
         self._is_reading_head, self._num_bytes = True, 0
@@ -55,7 +60,10 @@ class BoundedHeads(HttpToolsProtocol):
             self._timer.cancel()
 
     def _refuse(self, error: ApiError) -> None:
-        body = json.dumps(error.body).encode()
-        head = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not is_answering:  # else it would be read as a part of that answer
+            body = json.dumps(error.body).encode()
+            head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
+            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            self.transport.write(head.encode() + body)
         self.transport.close()
