@@ -235,7 +235,9 @@ def test_a_request_that_takes_too_long_is_cancelled(target):
 
 def test_request_ids_and_logs_without_text(served, caplog):
     with caplog.at_level(logging.INFO, logger="dspark.access"):
-        reply = post(served, {**CHAT, "user": "secret", "seed": 0, "temperature": 0}, headers={"X-Request-Id": "mine-1"})
+        reply = post(
+            served, {**CHAT, "user": "secret", "seed": 0, "temperature": 0}, headers={"X-Request-Id": "mine-1"}
+        )
         assert reply.headers["x-request-id"] == "mine-1"
         assert len(post(served, CHAT, headers={"X-Request-Id": "a b"}).headers["x-request-id"]) == 32
         assert httpx.get(served.url + "/nowhere").headers["x-request-id"]
