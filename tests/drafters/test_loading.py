@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from dspark.checkpoints import check_fit, save_drafter
 from dspark.drafters import loading
@@ -16,9 +19,11 @@ from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
 from dspark.drafters.none import NoDrafter
+from dspark.engine.engine import Engine
 from dspark.errors import CheckpointError, InvalidConfiguration
 from dspark.target.plan import View
 from dspark.target.target import Target
+from dspark.types import SamplingParams
 from engine.models import VOCAB_SIZE, random_target
 
 CONFIG = BlockConfig(
@@ -125,9 +130,35 @@ def test_a_causal_lm_becomes_a_draft_model(tmp_path: Path, target: Target) -> No
     assert isinstance(drafter, DraftModelDrafter) and drafter.length == 3
     assert check_fit(str(tmp_path / "small"), target) == []
     random_target(tmp_path / "other", num_layers=1, vocab_size=VOCAB_SIZE + 3)
-    with pytest.raises(CheckpointError, match=f"knows {VOCAB_SIZE + 3} tokens and .* {VOCAB_SIZE}"):
+    with pytest.raises(CheckpointError, match=f"vocabulary of {VOCAB_SIZE} tokens; it has {VOCAB_SIZE + 3}"):
         load_drafter(str(tmp_path / "other"), target)
     assert check_fit(str(tmp_path / "other"), target) != []
+
+
+def words(*, shift: int = 0) -> PreTrainedTokenizerFast:
+    vocabulary = {f"t{(i + shift) % 50}": i for i in range(50)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="t0")))
+
+
+@pytest.mark.parametrize("padding", [-3, 0, 5])
+def test_a_draft_model_may_be_padded_otherwise(
+    padding: int, tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen2.5's and Gemma 3's small models are, whose tokens are those of the large ones."""
+    monkeypatch.setattr(target, "tokenizer", words())
+    folder, prompt = str(tmp_path / "small"), list(range(9))
+    random_target(tmp_path / "small", num_layers=1, vocab_size=VOCAB_SIZE + padding)
+    words().save_pretrained(folder)
+    drafter = load_drafter(folder, target, length=3)
+    assert check_fit(folder, target) == []
+    params = SamplingParams(temperature=0, max_tokens=12)
+    [drafted] = Engine(target, drafter, "fixed:3").generate([prompt], params)
+    assert drafted.token_ids == Engine(target).generate([prompt], params)[0].token_ids
+    assert any(r.drafted for r in drafted.rounds)
+    words(shift=1).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="0% of the tokens have the same id"):
+        load_drafter(folder, target)
+    assert check_fit(folder, target) != []
 
 
 def test_other_folders(tmp_path: Path, target: Target) -> None:

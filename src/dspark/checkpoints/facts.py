@@ -7,8 +7,10 @@ from typing import Any
 from dspark.checkpoints.dialects import canonical, dialect
 from dspark.checkpoints.drafter import SHARED, for_target, misfits, read_config, stored_tensors
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
+from dspark.checkpoints.prompt_format import vocabulary_problems
 from dspark.drafters.block_model import BlockConfig
 from dspark.drafters.eagle3_model import Eagle3Config
+from dspark.target.loading import load_tokenizer
 from dspark.target.target import Target
 
 
@@ -23,10 +25,8 @@ def check_fit(path: str, target: Target) -> list[str]:
     """Every reason why the drafter or draft model at `path` cannot serve this target; empty if it can."""
     checkpoint = open_checkpoint(path)
     if dialect(checkpoint.config) is None:
-        vocab_size = _text_config(checkpoint).get("vocab_size")
-        if vocab_size == target.vocab_size:
-            return []
-        return [f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}"]
+        vocab_size = int(_text_config(checkpoint).get("vocab_size") or 0)
+        return vocabulary_problems(vocab_size, load_tokenizer(checkpoint.name, str(checkpoint.path), {}), target)
     config = for_target(read_config(checkpoint), target)
     return misfits(checkpoint, config, target)
 

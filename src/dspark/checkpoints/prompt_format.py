@@ -15,6 +15,8 @@ from dspark.target.target import Target
 
 NOTED = ("tokenizer_sha256", "template_sha256", "system_prompt_sha256")  # keys of config.json
 
+_ENOUGH_ALIKE = 0.9  # tokens that two tokenizers of one family have in common
+
 
 def fingerprint(value: Any) -> str:
     """SHA-256 of a value's JSON."""
@@ -40,6 +42,26 @@ def tokenizer_problems(config: Mapping[str, Any], target: Target) -> list[str]:
     return [
         "it was trained with another tokenizer (if only names of unused tokens differ, take tokenizer_sha256 out of its "
         "config.json)"
+    ]
+
+
+def vocabulary_problems(vocab_size: int, tokenizer: Any, target: Target) -> list[str]:
+    """Why a language model cannot draft for this target; empty if its tokens are the target's.
+
+    Sizes say little: many families pad the tables of their larger models further, and others have as many tokens by
+    chance. So tokenizers are compared where both are known; a few added tokens may differ.
+    """
+    if tokenizer is None or target.tokenizer is None:
+        if vocab_size == target.vocab_size:
+            return []
+        return [f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}"]
+    ours, theirs = tokenizer.get_vocab(), target.tokenizer.get_vocab()
+    share = sum(theirs.get(token) == token_id for token, token_id in ours.items()) / max(len(ours), len(theirs))
+    if share >= _ENOUGH_ALIKE:
+        return []
+    return [
+        f"as a draft model it needs the target's vocabulary of {target.vocab_size} tokens; it has {vocab_size}, and "
+        f"{share:.0%} of the tokens have the same id in both tokenizers"
     ]
 
 

@@ -16,6 +16,7 @@ from dspark.budget.calibration import calibration_in
 from dspark.checkpoints.dialects import MODELS, dialect
 from dspark.checkpoints.drafter import load_block_drafter, read_config
 from dspark.checkpoints.folder import Checkpoint, open_checkpoint
+from dspark.checkpoints.prompt_format import vocabulary_problems
 from dspark.drafters.block import BlockDrafter
 from dspark.drafters.block_model import BlockConfig, BlockModel
 from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
@@ -38,7 +39,7 @@ def load_drafter(name_path_or_id: str | os.PathLike[str], target: Target, **opti
     """The drafter of this name for this target; options are those of its class.
 
     `none`, `ngram`, `self`, `sparse`; for the embedded target `dspark`, `dflash`, `eagle3`, `draft`; the folder or hub id
-    of a block drafter or of a smaller causal LM with the same vocabulary; `file.py:make`, where make(target, **options)
+    of a block drafter or of a smaller causal LM with the same tokens; `file.py:make`, where make(target, **options)
     gives a Drafter. All but `none` take `length`, the most tokens of a draft; models also take `tree` (the tokens of a tree)
     and `width` (its branches per node), and checkpoints `dtype`. An option that it does not take is refused with those it does.
 
@@ -189,13 +190,24 @@ def _draft_model(
     width: int = 4,
 ) -> Drafter:
     model = load_target(str(checkpoint.path), dtype or target.dtype, target.device)
-    if model.vocab_size != target.vocab_size:
+    for problem in vocabulary_problems(model.vocab_size, model.tokenizer, target):
         raise CheckpointError(
-            f"the draft model {checkpoint.name} knows {model.vocab_size} tokens and {target.name} {target.vocab_size}; "
-            "a draft model needs the target's own vocabulary: choose a smaller model of the same family"
+            f"{checkpoint.name} cannot draft for {target.name}: {problem}. Choose a smaller model of the same family"
         )
+    if model.vocab_size != target.vocab_size:
+        model = _padded(model, target.vocab_size)
     drafter = DraftModelDrafter(model, length)
     return drafter if tree is None else TreeDrafter(drafter, tree, width)
+
+
+@torch.no_grad()
+def _padded(model: Target, vocab_size: int) -> Target:
+    """With embedding and head of as many rows as the target's. Where one has more than the other they stand for no token."""
+    num_known = model.vocab_size
+    model.model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for table in (model.model.get_input_embeddings(), model.model.get_output_embeddings()):
+        table.weight[num_known:] = table.weight[:num_known].mean(0)
+    return Target(model.model, model.tokenizer, model.name, model.cache)
 
 
 def _call(name: str, make: Callable[..., Drafter], target: Target, options: dict[str, Any]) -> Drafter:

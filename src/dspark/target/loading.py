@@ -70,7 +70,9 @@ def load_target(
         )
     if place.type == "cpu":
         _keep_freed_memory()
-    tokenizer = _load_tokenizer(name, source, for_files)
+    tokenizer = load_tokenizer(name, source, for_files)
+    if tokenizer is None:
+        _log.warning("%s has no tokenizer: prompts must be token ids", name)
     plain = model.config._attn_implementation
     target = Target(model, tokenizer, name)
     if check:
@@ -176,11 +178,10 @@ def _ask_hub(source: str, options: dict[str, Any]) -> None:
     snapshot_download(source, allow_patterns=["config.json"], **wanted)
 
 
-def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+def load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     """The tokenizer, or None where the folder has none: token ids still work."""
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        _log.warning("%s has no tokenizer: prompts must be token ids", name)
         return None
     try:
         return AutoTokenizer.from_pretrained(source, **options)
