@@ -41,6 +41,19 @@ def test_prompts_are_spread_over_the_tokens_that_follow_them():
     assert reading.seconds_per_token == pytest.approx(0.5e-5, rel=0.2)
 
 
+def test_what_reading_takes_at_all_is_not_taken_for_what_each_position_takes():
+    """Probes read a few positions and pay 2 ms before the first one: a prompt of 400 does not take ten times that."""
+    reading = ReadingUp()
+    for unread in (70, 90, 150, 80, 300, 75, 500):
+        reading.observe(step(unread, seconds=6e-3 + 1e-5 * unread), Known())
+    assert reading.seconds(1000) == pytest.approx(0.012)
+    for i in range(4000):  # a new request, after a prompt of 400 tokens, for every 800 committed ones
+        record = step(prompt_tokens=400 if i % 100 == 0 else 0)
+        record.request_ids = [0, 1, 2, 3 + i // 100]
+        reading.observe(record, Known())
+    assert reading.seconds_per_token == pytest.approx((2e-3 + 400e-5) / 800, rel=0.2)
+
+
 @pytest.mark.parametrize("seconds", [7200.0, -1.0, 0.0, float("nan")])
 def test_a_clock_that_leaps_costs_nobody_anything(seconds):
     reading = ReadingUp()

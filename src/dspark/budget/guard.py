@@ -56,7 +56,7 @@ class GuardSettings:
 
 _MOST_REQUESTS, _MOST_KINDS = 1024, 64
 # Steps that are learned from at a time: between two the processor's caches forget how it is done.
-_TOGETHER, _TOGETHER_OFF = 8, 32
+_TOGETHER, _TOGETHER_OFF = 8, 64
 _AT_ENDS = 12
 _MOST_MIXES = 64
 _FOREVER = 1 << 30  # steps
