@@ -14,9 +14,10 @@ from dspark.checkpoints import save_drafter
 from dspark.drafters.eagle3_model import Eagle3Config, Eagle3Model
 from dspark.noise import COUPLED, gumbel
 from dspark.target.target import Target
-from dspark.train.acceptance import Guesser, Outcome, load_guesser, walk
+from dspark.train.acceptance import Guesser, Outcome, decode, load_guesser, walk
 from dspark.train.kinds import shape_of
 from dspark.train.texts import Text
+from dspark.verify import RULES
 
 PAIR = Path(__file__).parents[2] / "pairs" / "tiny"
 QUESTIONS = ["What is a river?", "Tom has 3 apples and buys 4 more. How many has he?", "Write a function that adds."]
@@ -50,6 +51,14 @@ def test_so_are_those_of_eagle3(draft_vocab_size: int | None, target_folder: Pat
     save_drafter(model, tmp_path)
     guesser = load_guesser(tmp_path, plain, torch.float32, block_size=7)
     _agree(target, dspark.load_drafter(tmp_path, target), guesser, [list(range(i, i + 3)) for i in range(10, 16)], 300)
+
+
+def test_the_papers_rule_accepts_more(target: Target) -> None:
+    """1 less the total variation, where noise that is shared reaches that over 1 plus it at least."""
+    drafter = dspark.load_drafter("dspark", target)
+    prompts = [target.tokenizer.encode(question) for question in QUESTIONS]
+    tau = {rule: decode(dspark.Engine(target, drafter, "fixed:7", rule), prompts, 64).tau for rule in RULES}
+    assert 1.5 < tau["coupled"] < tau["rejection"] < 8
 
 
 def _agree(target: Target, drafter: Any, guesser: Guesser, prompts: list[Any], vocab_size: int) -> list[Any]:

@@ -6,6 +6,8 @@ Under the coupled rule the output is fixed by the noise: it is what plain decodi
 token can only be accepted if all drafted before it were, so what was drafted before it is the output itself. One pass
 over the finished text therefore tells for every possible anchor how many draft tokens a round starting there would
 get accepted, and walking from round to round gives exactly what decoding would have done.
+
+With `--rule rejection`, the paper's rule, the output depends on the drafts, and the prompts are decoded. It accepts more.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +29,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dspark.checkpoints.dialects import MODELS
 from dspark.drafters.block_model import TraceBatch
 from dspark.drafters.eagle3_model import Eagle3Model
+from dspark.drafters.loading import load_drafter
+from dspark.engine.engine import Engine
+from dspark.target.loading import load_target
 from dspark.train.data import Source, load_prompts
 from dspark.train.regenerate import RegenerateSettings, end_tokens_of, write_answers
 from dspark.train.settings import read_recipe
 from dspark.train.texts import Text, pad
 from dspark.train.traces import TargetStates
+from dspark.types import SamplingParams
+from dspark.verify import RULES
 
 
 class Guesser(Protocol):
@@ -204,6 +211,13 @@ def measure(
     return {name: Outcome(rounds, guessers[name].block_size) for name, rounds in accepted.items()}
 
 
+def decode(engine: Engine, prompts: Sequence[list[int]], max_new: int, seed: int = 0) -> Outcome:
+    """tau of an engine that verifies whole drafts, temperature 1: decoded, for rules under which drafts decide what is written."""
+    each = [SamplingParams(temperature=1.0, max_tokens=max_new, seed=seed * 1_000_003 + i) for i in range(len(prompts))]
+    accepted = [[r.accepted for r in g.rounds] for g in engine.generate(prompts, each) if g.rounds]
+    return Outcome(accepted, engine.drafter.length)
+
+
 def held_out_prompts(
     data: Path, sources: Iterable[Source], tokenizer: Any, domain: str, num: int, max_prompt: int, seed: int = 0
 ) -> list[list[int]]:
@@ -235,6 +249,23 @@ def load_guesser(folder: Path, target: Any, dtype: torch.dtype, block_size: int)
     return ChainGuesser(model, target) if isinstance(model, Eagle3Model) else BlockGuesser(model, target)
 
 
+def _ways(
+    arguments: argparse.Namespace, folders: dict[str, Path]
+) -> Callable[[list[list[int]]], Iterable[tuple[str, Outcome]]]:
+    """What measures every drafter on some prompts."""
+    length, most, seed = arguments.block_size, arguments.max_new, arguments.seed
+    if arguments.rule == "coupled":
+        model = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
+        guessers = {name: load_guesser(folder, model, torch.float32, length) for name, folder in folders.items()}
+        return lambda prompts: measure(model, guessers, prompts, most, seed).items()
+    target = load_target(str(arguments.target), dtype=torch.float32)
+    engines = {
+        name: Engine(target, load_drafter(str(folder), target, length=length), f"fixed:{length}", arguments.rule)
+        for name, folder in folders.items()
+    }
+    return lambda prompts: ((name, decode(engine, prompts, most, seed)) for name, engine in engines.items())
+
+
 def main() -> None:
     """Print tau by domain of every drafter named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,25 +276,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="per domain")
     parser.add_argument("--max-new", type=int, default=160)
     parser.add_argument("--block-size", type=int, default=7, help="of a causal LM")
+    parser.add_argument("--rule", default="coupled", choices=list(RULES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     settings = read_recipe(arguments.recipe, "regenerate", RegenerateSettings)
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
     names = [folder.name for folder in arguments.drafter]
-    guessers = {
-        name if names.count(name) == 1 else str(folder): load_guesser(
-            folder, target, torch.float32, arguments.block_size
-        )
-        for name, folder in zip(names, arguments.drafter, strict=True)
-    }
-    report: dict[str, dict[str, Any]] = {name: {} for name in guessers}
+    names = [n if names.count(n) == 1 else str(f) for n, f in zip(names, arguments.drafter, strict=True)]
+    tau_of = _ways(arguments, dict(zip(names, arguments.drafter, strict=True)))
+    report: dict[str, dict[str, Any]] = {name: {} for name in names}
     for domain in dict.fromkeys(source.domain for source in settings.sources):
         prompts = held_out_prompts(
             arguments.data, settings.sources, tokenizer, domain, arguments.prompts, settings.max_prompt
         )
-        for name, outcome in measure(target, guessers, prompts, arguments.max_new, arguments.seed).items():
+        for name, outcome in tau_of(prompts):
             report[name][domain] = {
                 "tau": round(outcome.tau, 3),
                 "standard_error": round(outcome.standard_error, 3),
