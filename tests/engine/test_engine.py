@@ -308,6 +308,14 @@ def test_names_are_not_objects(target):
         load_drafter(None, target)
 
 
+def test_layers_of_another_target_draft_nothing(target, tmp_path, caplog):
+    """A notebook's target was loaded again, and its drafter was not."""
+    engine = Engine(target, SelfDrafter(random_target(tmp_path), 1, length=2), "fixed:2")
+    [generation] = engine.generate([[3, 1, 4]], SamplingParams(temperature=0, max_tokens=6))
+    assert generation.token_ids == plain(target, [3, 1, 4], temperature=0, max_tokens=6).token_ids
+    assert "the engine has another target: load_drafter(name, target)" in caplog.text
+
+
 def test_prompts_come_in_whatever_holds_them(target):
     settings = SamplingParams(temperature=0, max_tokens=4)
     expected = [plain(target, prompt, temperature=0, max_tokens=4).token_ids for prompt in ([1, 2], [3, 4])]

@@ -131,6 +131,11 @@ class SelfDrafter:
         self.model.compile()
 
     def _anchors(self, requests: Sequence[Request]) -> list[Span]:
+        if any(self.model.cache.length(r.id) != r.num_cached for r in requests):
+            raise InvalidConfiguration(
+                f"it was loaded for {self.model.name}, on whose cache it drafts, and the engine has another target: "
+                "load_drafter(name, target) with that one"
+            )
         return [Span(r.id, r.num_cached, r.pending, num_logits=1) for r in requests]
 
 
