@@ -50,7 +50,7 @@ class AcceptanceMap:
         places = np.minimum(np.arange(num_positions), len(known.temperatures) - 1)
         self._slopes = 1 / np.array(known.temperatures)[places]
         self._offsets = np.array(known.offsets or [0.0] * len(known.temperatures))[places]
-        self._chain_places = lru_cache(maxsize=256)(self._places_in_chains)
+        self._in_chains = lru_cache(maxsize=256)(self._at_places_in_chains)
 
     def learner(self, memory: float) -> OnlineLogistic:
         """Before anything is learned: the confidence as it is."""
@@ -66,18 +66,22 @@ class AcceptanceMap:
         """What the draft says of itself, and own [B, 1]."""
         shape = tuple(draft.tokens.shape)
         if draft.parents is None:
-            place = self._chain_places(shape)
+            place, slopes, offsets = self._in_chains(shape)
         else:
-            place = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
+            place, slopes, offsets = self._at(np.minimum(draft.depth.numpy() - 1, self.num_positions - 1))
         if draft.confidence is None:
             return Stated(np.full(shape, _UNSTATED), place, own)
         # 0 and 1 have no logit; np.clip takes longer than the two
         confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), _LEAST), 1 - _LEAST)
-        logits = np.log(confidence / (1 - confidence)) * self._slopes[place] + self._offsets[place]
+        logits = np.log(confidence / (1 - confidence)) * slopes + offsets
         return Stated(np.minimum(np.maximum(logits, -_LOGIT_LIMIT), _LOGIT_LIMIT), place, own)
 
-    def _places_in_chains(self, shape: tuple[int, int]) -> NDArray[np.int64]:
-        return np.tile(np.minimum(np.arange(shape[1]), self.num_positions - 1), (shape[0], 1))
+    def _at(self, place: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array, Array]:
+        """Places, and the slopes and offsets of the offline calibration there."""
+        return place, self._slopes[place], self._offsets[place]
+
+    def _at_places_in_chains(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], Array, Array]:
+        return self._at(np.tile(np.minimum(np.arange(shape[1]), self.num_positions - 1), (shape[0], 1)))
 
     def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
         """[rows, K]  P(accepted | ancestors accepted) of these requests' tokens."""

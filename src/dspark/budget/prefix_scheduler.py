@@ -40,8 +40,10 @@ def survival_of(draft: Draft, confidence: Tensor) -> Tensor:
 def falling_survival(draft: Draft, survival: Tensor) -> Tensor:
     """[B, K]  beliefs made fit for schedulers: within 0 .. 1, 0 on padding and nonsense, never rising along a path."""
     # numpy, because many small operations are to be paid for in every step; its fmax takes a number before nonsense
-    is_real = np.arange(survival.shape[1]) < draft.sizes.numpy()[:, None]
-    clean = np.fmin(np.fmax(survival.numpy(), 0.0), 1.0) * is_real
+    clean = np.fmin(np.fmax(survival.numpy(), 0.0), 1.0)
+    sizes = draft.sizes.numpy()
+    if sizes.min(initial=survival.shape[1]) < survival.shape[1]:
+        clean *= np.arange(survival.shape[1]) < sizes[:, None]
     if draft.parents is None:
         return torch.from_numpy(np.minimum.accumulate(clean, 1))
     within = torch.from_numpy(clean)

@@ -19,6 +19,8 @@ from dspark.types import Draft, Load
 
 Floats = NDArray[np.float64]
 
+_NOTHING = np.zeros(1)
+
 
 class StepCost(Protocol):
     """Seconds of a step as far as they are known (capacity.py)."""
@@ -36,18 +38,18 @@ def by_survival(survival: Tensor) -> tuple[NDArray[np.int64], Floats]:
     In that order the shallower, then the earlier request comes first among equals, as Algorithm 1 would pop them.
     """
     flat = survival.numpy().T.ravel()
-    order = np.argsort(-flat, kind="stable")
-    falling = flat[order].astype(np.float64)
+    order = (-flat).argsort(kind="stable")
+    falling = flat[order].astype(np.float64, copy=False)
+    if len(falling) and falling[-1] > 0:
+        return order, falling
     num_possible = int(np.count_nonzero(falling > 0))
     return order[:num_possible], falling[:num_possible]
 
 
 def committed(num_requests: int, falling: Floats) -> Floats:
     """[n + 1]  tokens that a step is expected to commit when the first 0 .. n of these draft tokens are verified."""
-    expected = np.empty(len(falling) + 1)
-    expected[0] = num_requests
-    np.cumsum(falling, out=expected[1:])
-    expected[1:] += num_requests
+    expected = np.concatenate((_NOTHING, falling)).cumsum()
+    expected += num_requests
     return expected
 
 
@@ -141,4 +143,4 @@ def best_count(cost: StepCost, num_requests: int, falling: Floats, load: Load) -
     """How many of these draft tokens give the most committed tokens per second; of equals the fewest."""
     if not len(falling):
         return 0
-    return int(np.argmax(committed(num_requests, falling) / seconds_of_step(cost, load, len(falling))))
+    return int((committed(num_requests, falling) / seconds_of_step(cost, load, len(falling))).argmax())
