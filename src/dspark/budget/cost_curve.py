@@ -104,10 +104,9 @@ class CostCurve:
         self._weights = np.zeros(0)
         self._fitted_at, self._fit_after = 0, 1
         self._by_size = np.zeros(0)  # what the terms of size say at each knot
-        self._tables: dict[
-            tuple[int, int], tuple[Floats, Floats]
-        ] = {}  # by requests and place of context, since the fit
-        self._measured: dict[int, _Measured | None] = {}  # by place of requests, since the fit
+        # Since the fit, by requests and place of context, and what was measured by place of requests.
+        self._tables: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._measured: dict[int, _Measured | None] = {}
 
     @property
     def is_known(self) -> bool:

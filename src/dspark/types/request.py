@@ -81,9 +81,7 @@ class Request:
     num_cached: int = 0
     features: Tensor | None = None
     features_start: int = 0
-    feature_pieces: list[FeaturePiece] = field(
-        default_factory=list, repr=False
-    )  # newer features, not yet joined to these
+    feature_pieces: list[FeaturePiece] = field(default_factory=list, repr=False)  # newer ones, not yet joined to these
     num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves,
     num_held: int = 0  # and how many positions the steps have that they are pieces of
     rounds: list[Round] = field(default_factory=list)
