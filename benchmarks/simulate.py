@@ -121,12 +121,14 @@ def simulate(
     num_requests: int,
     num_steps: int,
     noise: float | None = None,
+    seed: int = 1,
 ) -> float:
     """Tokens per second of a closed loop.
 
     noise  of a step's seconds (log-normal), from which their costs are learned; None: costs are known
+    seed   of the noise, and of which drafts come when
     """
-    rng = random.Random(1)
+    rng = random.Random(seed)
     believed = machine if noise is None else Capacity()
     learners: list[Any] = [] if noise is None else [believed]
     scheduler = make_scheduler("fixed:0" if policy == "off" else policy, believed, allows_anticipation=True)

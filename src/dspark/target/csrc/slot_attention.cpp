@@ -89,13 +89,23 @@ inline Lanes<float> power(Lanes<float> x) {
   return x > -87.0f ? y * scale : zero;
 }
 
+// Lane l of the result is lane l + kBy.
+template <size_t kBy, typename V, size_t... L>
+inline V turned(V x, std::index_sequence<L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, ((L + kBy) % kLanes)...);
+#else
+  typedef Lanes<std::conditional_t<sizeof(V) == kLanes * sizeof(int32_t), int32_t, int64_t>> Places;
+  return __builtin_shuffle(x, Places{((L + kBy) % kLanes)...});
+#endif
+}
+
 // All lanes in one, by halves.
-template <typename C, typename Both>
-inline C across(Lanes<C> lanes, Both both) {
-  C x[kLanes];
-  std::memcpy(x, &lanes, sizeof x);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) x[l] = both(x[l], x[l + half]);
+template <typename V, typename Both>
+inline auto across(V x, Both both) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  x = both(x, turned<8>(x, lanes)), x = both(x, turned<4>(x, lanes));
+  x = both(x, turned<2>(x, lanes)), x = both(x, turned<1>(x, lanes));
   return x[0];
 }
 
@@ -184,13 +194,13 @@ inline C soften(C* scores, int64_t count, C& top, C& mass) {
   Lanes<C>* own = reinterpret_cast<Lanes<C>*>(scores);
   Lanes<C> most = own[0];
   for (int64_t g = 1; g < kKeys / kLanes; ++g) most = own[g] > most ? own[g] : most;
-  const C highest = std::max(top, across<C>(most, [](C x, C y) { return x > y ? x : y; }));
+  const C highest = std::max(top, across(most, [](Lanes<C> x, Lanes<C> y) { return x > y ? x : y; }));
   const C finite = highest > lowest ? highest : C(0);  // a row that sees nothing yet
-  const C shrink = power(Lanes<C>{} + (top - finite))[0];
+  const C shrink = highest == top ? C(1) : power(Lanes<C>{} + (top - finite))[0];  // mostly the highest came earlier
   Lanes<C> sums = {};
   for (int64_t g = 0; g < kKeys / kLanes; ++g) sums += own[g] = power(own[g] - finite);
   top = highest;
-  mass = mass * shrink + across<C>(sums, [](C x, C y) { return x + y; });
+  mass = mass * shrink + across(sums, [](Lanes<C> x, Lanes<C> y) { return x + y; });
   return shrink;
 }
 
