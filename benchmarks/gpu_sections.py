@@ -81,9 +81,10 @@ def steps(
 
 
 def step_sizes(most_tokens: int, contexts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """All numbers of tokens at the first context, plain and as drafts of 7; a few of them at the others."""
+    """All numbers of tokens at the first context, plain, as drafts of 7, and as one prompt; a few of them at the others."""
     doubling = [2**n for n in range(most_tokens.bit_length())]
     sizes = [(n, 1, contexts[0]) for n in doubling] + [(n, 8, contexts[0]) for n in doubling if 8 * n <= most_tokens]
+    sizes += [(1, n, contexts[0]) for n in (32, 128, 512) if n <= most_tokens]
     return sizes + [(n, each, context) for context in contexts[1:] for n in (1, 32) for each in (1, 8)]
 
 
