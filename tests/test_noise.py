@@ -93,6 +93,21 @@ def test_rows_are_the_same_however_they_are_asked_for(vocab_size: int) -> None:
     assert len(noise._blocks) <= noise.max_blocks
 
 
+def test_rows_without_a_seed_are_silent_and_take_nothing() -> None:
+    noise = GumbelNoise(64)
+    rows = noise.rows([None, 7, 7, None, None], [3, 4, 5, 40, 41], COUPLED)
+    assert torch.equal(rows[1:3], GumbelNoise(64).rows([7, 7], [4, 5], COUPLED))
+    assert not rows[[0, 3, 4]].any() and len(noise._blocks) == 1
+
+
+def test_greedy_rows_beside_sampled_ones_need_no_noise() -> None:
+    draws, scores = KeyedDraws(64, torch.device("cpu")), torch.randn(3, 64)
+    temperature = torch.tensor([[0.0], [1.0], [0.0]])
+    noisy = draws.noisy(scores, temperature, [5, 6, 7], [1, 1, 1], COUPLED)
+    assert torch.equal(noisy[[0, 2]], scores[[0, 2]]) and len(draws.noise._blocks) == 1
+    assert torch.equal(noisy[1], scores[1] + gumbel(6, 1, 1, 64, COUPLED, torch.device("cpu"))[0])
+
+
 def test_rows_of_requests_that_have_passed_are_not_kept() -> None:
     noise = GumbelNoise(64)
     for seed in range(1000):

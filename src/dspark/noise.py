@@ -68,11 +68,15 @@ class GumbelNoise:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.block = max(4, min(64, 2**16 // vocab_size))  # so many draws at once still fit a core's cache
         self.max_blocks = max(4, max_bytes // (4 * self.block * vocab_size))
+        self._silence = torch.zeros(self.block, vocab_size, device=self.device)
         self._blocks: OrderedDict[tuple[int, int, int], tuple[Tensor, int]] = OrderedDict()  # and the call that used it
         self._num_calls = 0
 
-    def rows(self, seeds: Sequence[int], positions: Sequence[int], stream: int) -> Tensor:
-        """[N, V]  the noise of N (seed, position) pairs; runs of following positions are cut out in one piece."""
+    def rows(self, seeds: Sequence[int | None], positions: Sequence[int], stream: int) -> Tensor:
+        """[N, V]  the noise of N (seed, position) pairs; runs of following positions are cut out in one piece.
+
+        Without a seed there is none: zeros, for rows at temperature 0.
+        """
         if not seeds:  # a step that only reads parts of prompts
             return torch.zeros(0, self.vocab_size, device=self.device)
         self._num_calls += 1
@@ -92,7 +96,9 @@ class GumbelNoise:
             start = stop
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _block(self, seed: int, index: int, stream: int) -> Tensor:
+    def _block(self, seed: int | None, index: int, stream: int) -> Tensor:
+        if seed is None:
+            return self._silence
         name = (seed, index, stream)
         block, _ = self._blocks.pop(name, (None, 0))
         if block is None:

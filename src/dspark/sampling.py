@@ -108,9 +108,12 @@ class KeyedDraws:
     ) -> Tensor:
         """[N, V]  what `tokens` takes the largest of."""
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
-        if temperature.device.type == "cpu" and not temperature.numpy().any():  # elsewhere one would have to wait
-            return scores
-        return torch.addcmul(scores, temperature, self.noise.rows(seeds, positions, stream))
+        asked: Sequence[int | None] = seeds
+        if temperature.device.type == "cpu":  # elsewhere one would have to wait
+            if not temperature.numpy().any():
+                return scores
+            asked = [seed if t else None for seed, t in zip(seeds, temperature[:, 0].tolist(), strict=True)]
+        return torch.addcmul(scores, temperature, self.noise.rows(asked, positions, stream))
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability

@@ -48,7 +48,7 @@ class Coupled:
         noise = self.draws.noise
         if not any(r.params.temperature for r in requests):
             return torch.zeros(1, 1, 1, device=noise.device)
-        seeds = [r.seed for r in requests for _ in range(length)]
+        seeds = [r.seed if r.params.temperature else None for r in requests for _ in range(length)]
         positions = [len(r.tokens) + k for r in requests for k in range(length)]
         rows = noise.rows(seeds, positions, COUPLED).view(len(requests), length, -1)
         return rows * on_device([r.params.temperature for r in requests], rows.device)[:, None, None]
