@@ -156,7 +156,7 @@ def test_it_recovers_when_traffic_becomes_easy():
 def test_it_goes_by_what_was_accepted_not_by_what_was_promised():
     traffic = Traffic(Machine(per_token=0.1, per_draft=0.2), [0.1] * 4, believed=0.8)
     traffic.run(200)
-    assert traffic.guard.trust() < 0.5
+    assert traffic.guard.fares.trust() < 0.5
     assert traffic.run(1000) > 0.99 * traffic.plain
 
 
@@ -230,7 +230,7 @@ def test_while_it_is_off_hardly_anything_is_decided():
 def test_a_kind_that_was_never_drafted_for_is_trusted_as_the_others_are():
     traffic = Traffic(Machine(per_token=0.1, per_draft=0.2), [0.1] * 4, believed=0.8)
     traffic.run(200)
-    assert traffic.guard.trust("another") == pytest.approx(traffic.guard.trust())
+    assert traffic.guard.fares.trust("another") == pytest.approx(traffic.guard.fares.trust())
 
 
 def test_luck_is_not_taken_for_ease():
@@ -303,11 +303,11 @@ def test_a_clock_that_leaps_is_not_believed(leap):
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("dspark.budget.guard._MOST_REQUESTS", 10)
+    monkeypatch.setattr("dspark.budget.fares._MOST_REQUESTS", 10)
     guard = Guard(Machine(0.1, 0.1), GuardSettings())
     for i in range(50):
         guard._remember(i, i, None, np.ones(7))
-    assert len(guard._by_request) == 10 and len(guard._lately) <= 64
+    assert len(guard.fares._by_request) == 10 and len(guard.fares._lately) <= 64
 
 
 def one_after_the_other(

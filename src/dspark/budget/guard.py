@@ -8,16 +8,15 @@ open ("the draft is always paid for", section 6).
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
+from dspark.budget.fares import Fares
 from dspark.budget.reading_up import ReadingUp
 from dspark.budget.side_by_side import SideBySide
 from dspark.budget.throughput import seconds_of_step
@@ -54,18 +53,12 @@ class GuardSettings:
     reconsider_every: int = 8
 
 
-_MOST_REQUESTS, _MOST_KINDS = 1024, 64
 # Steps that are learned from at a time: between two the processor's caches forget how it is done.
 _TOGETHER, _TOGETHER_OFF = 8, 64
 _AT_ENDS = 12
 _MOST_MIXES = 64
 _FOREVER = 1 << 30  # steps
 _NOBODY: frozenset[int] = frozenset()
-_LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
-_OTHERS = 24  # requests drafted for last, by which others of their kind are judged
-_OTHERS_HALF_LIFE = 8.0  # requests
-_STALE = 0.25  # what a request counts whose drafts are older than the memory
-_LONG_RUN = 12  # drafts
 _FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
@@ -74,25 +67,6 @@ _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may
 _CLEARLY = 1.15  # times as many tokens per second
 _CLEARLY_NOT = 0.9
 _CHEAP = 0.06  # of a step
-_TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
-_COUNT_MEMORY = 400.0  # of them
-
-
-@dataclass
-class _Fare:
-    """One request's drafts: (step, survival) of the last ones, how many count, and accepted tokens promised by each."""
-
-    rows: deque[tuple[int, Floats]]
-    kind: Hashable = None
-    num: int = 0
-    promise: float = 0.0
-
-    def add(self, now: int, row: Floats, memory: int) -> None:
-        if self.rows and now - self.rows[-1][0] > memory:
-            self.num = 0
-        self.rows.append((now, row))
-        self.num += 1
-        self.promise += (float(row.sum()) - self.promise) / min(self.num, _LONG_RUN)
 
 
 class _Refusal(NamedTuple):
@@ -119,14 +93,11 @@ class Guard:
         self.capacity, self.settings = capacity, settings or GuardSettings()
         self.is_drafting = True
         self.reason: str | None = None  # why `choose` left requests out
-        self._by_request: OrderedDict[int, _Fare] = OrderedDict()
+        self.fares = Fares(self.settings.num_remembered, self.settings.memory)
         self._kinds: dict[int, Hashable] = {}
         self._asked = _NOBODY  # drafted for in this step
         self._waiting: list[_Seen] = []
-        self._lately: deque[tuple[int, Floats]] = deque(maxlen=64)
         self._num_judged = 0
-        self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
-        self._found: dict[Hashable, tuple[float, float]] = {}  # by kind: drafts that had a token, and all asked for
         self._share = 1.0  # of the drafts asked for that have a token, as believed when it was last decided
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
@@ -168,7 +139,7 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        num_known = sum(i in self._by_request for i in request_ids)
+        num_known = sum(i in self.fares for i in request_ids)
         mix = _about(load.num_requests), frozenset(self._kinds.values()), num_known and 1 + _about(num_known)
         if self._is_due(request_ids, load.num_requests, mix):
             self._reconsider(request_ids, load, mix)
@@ -176,7 +147,7 @@ class Guard:
             return self._rest(request_ids, mix)
         if self._chosen is None:
             return everyone
-        rows = [b for b, i in enumerate(request_ids) if i in self._chosen or i not in self._by_request]
+        rows = [b for b, i in enumerate(request_ids) if i in self._chosen or i not in self.fares]
         if len(rows) < len(everyone):
             self.reason = "difficulty"
             rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
@@ -229,43 +200,8 @@ class Guard:
                 self.side_by_side.skip()
             self.reading_up.observe(seen.record, self.capacity)
             if seen.asked:
-                self._learn(*seen)
+                self.fares.learn(*seen)
         self._waiting.clear()
-
-    def _learn(self, now: int, record: StepRecord, asked: frozenset[int], kinds: dict[int, Hashable]) -> None:
-        nothing = np.zeros((len(record.request_ids), 1))
-        survival = nothing if record.survival is None else record.survival.double().numpy()
-        promised = nothing if record.kept is None else survival * record.kept.numpy()
-        for b, request_id in enumerate(record.request_ids):
-            if request_id not in asked:
-                continue
-            kind, has_found = kinds.get(request_id), record.drafted[b] > 0
-            _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
-            if has_found:
-                self._remember(now, request_id, kind, survival[b].copy())  # a view would keep the whole step's
-                _count(self._trust, kind, record.accepted[b], float(promised[b].sum()), _TRUST_PRIOR)
-
-    def trust(self, kind: Hashable = None) -> float:
-        """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
-        accepted, promised = self._trust.get(kind) or (_overall(self._trust), 1.0)
-        return min(1.5, accepted / promised)
-
-    def _share_found(self, request_ids: Sequence[int]) -> float:
-        """Of drafts asked for: how many have a token. Whoever seldom finds one asks in vain, and in bursts finds many: what
-        drafts are worth is told by those that were found.
-        """
-        shares = (self._found.get(self._kinds.get(i), (1.0, 1.0)) for i in request_ids)
-        return sum(found / asked for found, asked in shares) / len(request_ids)
-
-    def _remember(self, now: int, request_id: int, kind: Hashable, row: Floats) -> None:
-        if request_id not in self._by_request:
-            rows: deque[tuple[int, Floats]] = deque(maxlen=self.settings.num_remembered)
-            self._by_request[request_id] = _Fare(rows, kind)
-        self._by_request[request_id].add(now, row, self.settings.memory)
-        self._by_request.move_to_end(request_id)
-        if len(self._by_request) > _MOST_REQUESTS:
-            self._by_request.popitem(last=False)
-        self._lately.append((now, row))
 
     def _needs_plain_step(self, load: Load) -> bool:
         """Two at a time: the first one after drafts finds nothing it needs in the processor's caches."""
@@ -298,8 +234,9 @@ class Guard:
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
         self._learn_waiting()
-        self._decided_at, self._share = self._now, self._share_found(request_ids)
-        samples = self._samples(request_ids)
+        kinds = [self._kinds.get(i) for i in request_ids]
+        self._decided_at, self._share = self._now, self.fares.share_found(kinds)
+        samples = self.fares.samples(self._now, request_ids, kinds)
         promising = np.argsort(-samples.sum((0, 2)), kind="stable")
         num_decoding = len(request_ids)
         costs = seconds_of_step(self.capacity, load, samples[0].size)
@@ -342,45 +279,6 @@ class Guard:
         # Even a probe that pays costs something: it disturbs what was found to be best. It is two steps that read once.
         return max(seconds - tokens * plain, 0.02 * seconds) + piled_up / 2
 
-    def _samples(self, request_ids: Sequence[int]) -> Floats:
-        """[n, B, K]  what the last drafts promised, newest first, each request's own; others' where it has too few.
-
-        Scaled so that each request promises what its drafts have promised in the long run, drawn towards all.
-        """
-        num = max(1, self.settings.num_remembered // len(request_ids))
-        since = self._now - self.settings.memory
-        pool = [row for _, row in self._lately] or [np.zeros(1)]
-        samples = np.zeros((num, len(request_ids), max(map(len, pool))))
-        usual = {kind: self._usual(kind) for kind in {self._kinds.get(i) for i in request_ids}}
-        long_run = np.array([usual[self._kinds.get(i)] for i in request_ids])
-        for b, request_id in enumerate(request_ids):
-            fare = self._by_request.get(request_id)
-            newest = () if fare is None else islice(reversed(fare.rows), num)
-            own = [row for now, row in newest if now > since]
-            if fare is not None and own:
-                num_own = min(fare.num, _LONG_RUN)
-                long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * long_run[b]) / (num_own + _LIKE_OTHERS)
-            for n in range(num):
-                row = own[n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
-                length = min(len(row), samples.shape[2])
-                samples[n, b, :length] = row[:length]
-        promised = np.maximum(samples.sum(2).mean(0), 1e-9)
-        trust = np.array([self.trust(self._kinds.get(i)) for i in request_ids])
-        return np.minimum(samples * (trust * long_run / promised)[:, None], 1.0)
-
-    def _usual(self, kind: Hashable) -> float:
-        """Accepted tokens promised by a draft of requests of this kind, by those drafted for last."""
-        newest = list(islice(reversed(self._by_request.values()), _OTHERS))
-        alike = [fare for fare in newest if fare.kind == kind] or newest
-        total = weights = 0.0
-        for age, fare in enumerate(alike):
-            num = min(fare.num, _LONG_RUN)
-            weight = 0.5 ** (age / _OTHERS_HALF_LIFE) * num / (num + _LIKE_OTHERS)
-            if self._now - fare.rows[-1][0] > self.settings.memory:
-                weight *= _STALE
-            total, weights = total + weight * fare.promise, weights + weight
-        return total / weights if weights else 0.0
-
     def _expected(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> tuple[float, float]:
         """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it.
 
@@ -414,28 +312,11 @@ class Guard:
         if self._now - self._last_probe < self._probe_spacing:
             return []
         self._last_probe = self._now
-        order = {i: n for n, i in enumerate(self._by_request)}
+        order = self.fares.order()
         oldest = sorted(left_out, key=lambda b: order.get(request_ids[b], -1))
         rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
         self._probed = {request_ids[b] for b in rows}
         return rows
-
-
-def _count(counts: dict[Hashable, tuple[float, float]], kind: Hashable, yes: float, all: float, prior: float) -> None:
-    """Add to what is counted of a kind; old counts fade."""
-    if kind not in counts:
-        counts[kind] = prior * _overall(counts), prior
-    before, all_before = counts[kind]
-    fade = min(1.0, _COUNT_MEMORY / all_before)
-    counts[kind] = (before * fade + yes, all_before * fade + all)
-    if len(counts) > _MOST_KINDS:
-        del counts[next(iter(counts))]
-
-
-def _overall(counts: dict[Hashable, tuple[float, float]]) -> float:
-    """Share over all kinds, by which a new one is judged at first; 1 before there are any."""
-    yes, all = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    return yes / all if all else 1.0
 
 
 def _without_prompts(load: Load) -> Load:
