@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dspark.budget.capacity import Capacity
+from dspark.budget.fares import Fares
 from dspark.budget.guard import Guard, GuardSettings
 from dspark.budget.throughput import Optimal
 from dspark.types import Draft, Load, StepRecord
@@ -304,10 +305,10 @@ def test_a_clock_that_leaps_is_not_believed(leap):
 
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("dspark.budget.fares._MOST_REQUESTS", 10)
-    guard = Guard(Machine(0.1, 0.1), GuardSettings())
+    fares = Fares(num_remembered=24, memory=200)
     for i in range(50):
-        guard._remember(i, i, None, np.ones(7))
-    assert len(guard.fares._by_request) == 10 and len(guard.fares._lately) <= 64
+        fares._remember(i, i, None, np.ones(7))
+    assert len(fares._by_request) == 10 and len(fares._lately) <= 64
 
 
 def one_after_the_other(
