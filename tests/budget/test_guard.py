@@ -11,7 +11,7 @@ import torch
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.fares import Fares
-from dspark.budget.guard import Guard, GuardSettings
+from dspark.budget.guard import Guard
 from dspark.budget.throughput import Optimal
 from dspark.types import Draft, Load, StepRecord
 
