@@ -157,8 +157,8 @@ class Target:
         return output.logits[0], torch.cat(captured, -1) if feature_layers else None
 
     def _reads_in_pieces(self, spans: Sequence[Span], is_compiled: bool) -> bool:
-        """Whether long chains are read as short ones: in one order of sums, and by the graph that reads short ones, which
-        takes a half to a quarter of an eager pass on CPU. Kernels for GPUs do best with long ones as they are."""
+        """Whether long chains are read as short ones: in one order of sums, and on CPU by the graph that reads short ones,
+        which is faster than an eager pass. Kernels for GPUs take long ones as they are."""
         if self.is_deterministic:
             refuse_trees(spans)
             return True
