@@ -269,6 +269,34 @@ def test_what_is_excluded_is_not_drafted(target: Target) -> None:
     assert bool((draft.confidence[draft.real] > 0).all()) and not bool(draft.confidence[~draft.real].any())
 
 
+class Turns:
+    """A grammar: tokens below and from 40 by turns."""
+
+    text = "by turns"
+
+    def matcher(self) -> Turns:
+        return self
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        return (torch.arange(VOCAB_SIZE) < 40) == (len(tokens) % 2 == 0)
+
+
+def test_where_a_grammar_excludes_all_that_a_drafter_knows_it_drafts_what_comes_before(target: Target) -> None:
+    """As EAGLE-3's may be, its vocabulary is smaller than the target's."""
+
+    class Small(KnowingGrower):
+        def logits(self, tokens: list[int]) -> Tensor:
+            return super().logits(tokens).index_fill(0, torch.arange(40, VOCAB_SIZE), float("-inf"))
+
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=20, grammar=Turns())
+    [plain] = Engine(target).generate([PROMPTS[0]], params)
+    records: list[Any] = []
+    tree = TreeDrafter(Small([PROMPTS[0] + plain.token_ids], length=3), size=12, width=3)
+    [generation] = Engine(target, tree, "fixed:12", observers=[records.append]).generate([PROMPTS[0]], params)
+    assert generation.token_ids == plain.token_ids and not any(r.num_faults for r in records)
+    assert {r.drafted for r in generation.rounds[:-1]} == {0, 3} and sum(r.accepted for r in generation.rounds) > 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [((0, 2), "1 to 14 tokens"), ((15, 2), "got size 15"), ((3, 0), "width")]
 )

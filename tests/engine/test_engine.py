@@ -214,6 +214,13 @@ def test_leaving_a_stream_early_cancels_it(target):
     assert not engine.has_work and target.num_free_slots == target.cache.limit
 
 
+def test_a_stream_that_nobody_has_read_is_cancelled_too(target):
+    engine = Engine(target)
+    engine.stream([3, 1, 4], SamplingParams(max_tokens=50, seed=0))
+    engine.step()
+    assert not engine.has_work and target.num_free_slots == target.cache.limit
+
+
 def test_an_interrupted_stream_leaves_an_engine_that_works(target, monkeypatch):
     engine = Engine(target, NGramDrafter())
     extend, calls = target.extend, []
@@ -322,6 +329,19 @@ def test_prompts_come_in_whatever_holds_them(target):
     for prompts in ((p for p in ([1, 2], [3, 4])), np.array([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 4]])):
         assert [g.token_ids for g in Engine(target).generate(prompts, settings)] == expected
     assert Engine(target).generate(torch.tensor([1, 2]), settings)[0].token_ids == expected[0]
+
+
+@pytest.mark.parametrize(
+    "prompt", [np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), np.int16(2)], range(1, 3)], ids=repr
+)
+def test_one_prompt_comes_in_whatever_holds_it(target, prompt):
+    settings = SamplingParams(temperature=0, max_tokens=4)
+    expected = plain(target, [1, 2], temperature=0, max_tokens=4).token_ids
+    engine = Engine(target)
+    assert [t for delta in engine.stream(prompt, settings) for t in delta.token_ids] == expected
+    assert [g.token_ids for g in engine.generate([prompt], settings)] == [expected]
+    [generation] = engine.generate(prompt, settings)
+    assert generation.token_ids == expected and {type(t) for t in generation.prompt_token_ids} == {int}
 
 
 @pytest.mark.parametrize("prompts", [5, None, {"role": "user", "content": "hi"}])

@@ -127,7 +127,8 @@ class TreeDrafter:
         owners = [r for r, ends in zip(requests, paths, strict=True) for _ in ends]
         likelihood = rule.outlook(logits.flatten(0, 1), owners, [path for ends in paths for path in ends])
         found = likelihood.unflatten(0, logits.shape[:2]).topk(self.width)
-        return found.values, found.indices
+        # Where a grammar excludes all that the drafter knows, there is no law: no numbers, which would be sorted first.
+        return found.values.masked_fill(found.values.isnan(), float("-inf")), found.indices
 
 
 def _extended(

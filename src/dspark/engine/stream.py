@@ -25,6 +25,9 @@ class Stream(Iterator[Delta]):
     def __next__(self) -> Delta:
         return next(self._deltas)
 
+    def __del__(self) -> None:  # one that nobody has begun to read, too
+        self._engine.abandon(self.request)
+
     def __repr__(self) -> str:
         return f"Stream({len(self.request.generated)} tokens so far, {self.request.finish_reason or 'unfinished'})"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -40,8 +41,10 @@ def render_prompt(
 
     A string is one user turn in the chat template, or with `raw` text to be continued as it stands. A list of
     {"role", "content"} messages goes through the template, `tools` (JSON schemas of functions) and `variables` that it may
-    ask for (`enable_thinking`) with it; a list of token ids is taken as it is.
+    ask for (`enable_thinking`) with it; a list, array or tensor of token ids is taken as it is.
     """
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
     if isinstance(prompt, str):
         if not prompt:
             raise InvalidRequest("the prompt is empty: give at least one character")
@@ -59,9 +62,9 @@ def render_prompt(
             raise InvalidRequest("raw is for strings and token ids; messages need the chat template: leave raw out")
         return _render_chat(tokenizer, prompt, tools, variables)  # type: ignore[arg-type]  # every item is a Mapping
     for item in prompt:
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+        if not isinstance(item, Integral) or isinstance(item, bool) or item < 0:
             raise InvalidRequest(f"a prompt in a list is all messages or all token ids, 0 or more; got {item!r} in it")
-    return list(prompt)  # type: ignore[arg-type]  # every item is an int
+    return [int(item) for item in prompt]  # type: ignore[arg-type]  # every item is an integer
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -70,7 +73,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise InvalidRequest(f"prompts are a string, messages, token ids, or a list of these; got {prompts!r:.80}")
     if not isinstance(prompts, Sequence):  # a generator, an array
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, Mapping)))
     return [cast(Prompt, prompts)] if is_single else list(cast(Sequence[Prompt], prompts))
 
 
