@@ -37,7 +37,7 @@ def outcomes(monitoring, num_canaries: int) -> dict[str, float]:
     deadline, counts = time.monotonic() + 60, {}
     while sum(counts.values()) < num_canaries and time.monotonic() < deadline:
         time.sleep(0.02)
-        counts = {name: counter._value.get() for name, counter in monitoring.metrics.canaries.items()}
+        counts = {name: counter.value for name, counter in monitoring.metrics.canaries.items()}
     return {name: count for name, count in counts.items() if count}
 
 

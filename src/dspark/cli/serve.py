@@ -265,8 +265,6 @@ def _warm_up(engine: Engine) -> None:
 
 def _monitoring(args: argparse.Namespace, engine: Engine) -> Monitoring:
     """Canaries compare tokens, which only the coupled rule promises."""
-    import numpy as np
-
     from dspark import Engine
     from dspark.monitor.forecast import Limits
     from dspark.monitor.monitoring import Monitoring, MonitorSettings
@@ -285,7 +283,7 @@ def _monitoring(args: argparse.Namespace, engine: Engine) -> Monitoring:
         plain=Engine(target, None, max_num_seqs=4) if args.rule == "coupled" else None,
         logits_of=_single_precision(args, target) if dtype != "float32" else None,
         beliefs=engine.beliefs,
-        cost=lambda tokens, requests, context: float(engine.capacity.seconds(np.array([tokens]), requests, context)[0]),
+        cost=engine.capacity.seconds_of,
         capacity=engine.capacity,
         limits=Limits(args.max_num_seqs, target.cache.limit, args.max_num_batched_tokens, args.max_waiting),
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-import prometheus_client as prom
-
+from dspark.monitor.series import Counter, Registry
 from dspark.types import StepRecord
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)  # decoding requests in a step, at most
@@ -16,11 +15,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens the target
 class LoadMetrics:
     """Series by decoding requests (`load`) and by tokens read (`tokens`), in steps of two."""
 
-    def __init__(self, registry: prom.CollectorRegistry) -> None:
-        def by(label: str, edges: Sequence[int], names: dict[str, str]) -> list[tuple[prom.Counter, ...]]:
-            counters = [
-                prom.Counter(f"dspark_{name}", text, [label], registry=registry) for name, text in names.items()
-            ]
+    def __init__(self, registry: Registry) -> None:
+        def by(label: str, edges: Sequence[int], names: dict[str, str]) -> list[tuple[Counter, ...]]:
+            counters = [registry.counters(f"dspark_{name}", text, label) for name, text in names.items()]
             return [tuple(c.labels(str(edge)) for c in counters) for edge in (*edges, "+Inf")]
 
         passes = {

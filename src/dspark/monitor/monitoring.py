@@ -61,8 +61,10 @@ class Monitoring:
     ) -> None:
         settings = settings or MonitorSettings()
         self.beliefs = beliefs if isinstance(beliefs, LiveBeliefs) else None
-        self._num_alarms = 0 if self.beliefs is None else self.beliefs.num_alarms
         self.metrics = Metrics(target, drafter, num_slots, settings.objectives, cost, process)
+        if learned := self.beliefs:
+            self._num_alarms = learned.num_alarms
+            self.metrics.belief_drift.set_function(lambda: learned.drift)
         self.events = EventLog(settings.event_log, settings.log_tokens)
         self.drift = Drift(self._drifted)
         self.canaries: Canaries | None = None
@@ -110,7 +112,6 @@ class Monitoring:
         self.events.close()
 
     def _look_at(self, beliefs: LiveBeliefs) -> None:
-        self.metrics.belief_drift.set(beliefs.drift)
         if beliefs.num_alarms > self._num_alarms:
             self._num_alarms = beliefs.num_alarms
             self.metrics.drift_alarms["beliefs", "all"].inc()

@@ -7,8 +7,8 @@ read them here. Everything else is `dspark_*`. Labels come from closed sets: no 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dspark.errors import DSparkError
 from dspark.monitor.calibration_error import Reliability
@@ -17,6 +17,7 @@ from dspark.monitor.judged import judged_tokens
 from dspark.monitor.load_metrics import LoadMetrics
 from dspark.monitor.recent import RecentRatio
 from dspark.monitor.request_metrics import Objectives, RequestMetrics
+from dspark.monitor.series import Counter, Registry
 from dspark.monitor.speedup import PlainReference
 from dspark.types import StepRecord
 
@@ -62,7 +63,7 @@ class Metrics:
         self.target, self.drafter, self.num_slots = target, drafter, num_slots
         self.cost = cost
         prom.disable_created_metrics()  # `vllm bench serve` adds up every line of a name, creation times included
-        self.registry = prom.CollectorRegistry()
+        self.registry = Registry()
         self.plain = PlainReference()
         self.reliability = Reliability()
         self.cost_error, self.regret = RecentRatio(_MEMORY_SECONDS), RecentRatio(_MEMORY_SECONDS)
@@ -88,15 +89,6 @@ class Metrics:
 
     # -- definitions ----------------------------------------------------------------------------------------------------
 
-    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Any:
-        return prom.Counter(name, text, labels, registry=self.registry)
-
-    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Any:
-        return prom.Gauge(name, text, labels, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Any:
-        return prom.Histogram(name, text, buckets=buckets, registry=self.registry)
-
     def _info(self, target: str, drafter: str) -> None:
         from dspark import __version__
 
@@ -104,19 +96,21 @@ class Metrics:
         info.info({"version": __version__, "target": target, "drafter": drafter})
 
     def _make_speculation(self) -> None:
-        def vllm(name: str, text: str) -> Any:
-            return self._counter(f"vllm:spec_decode_{name}", text, ["model_name"]).labels(self.target)
+        def vllm(name: str, text: str) -> Counter:
+            return self.registry.counters(f"vllm:spec_decode_{name}", text, "model_name").labels(self.target)
 
-        def ours(name: str, text: str) -> Any:
-            return self._counter(f"dspark_{name}", text, ["drafter"]).labels(self.drafter)
+        def ours(name: str, text: str) -> Counter:
+            return self.registry.counters(f"dspark_{name}", text, "drafter").labels(self.drafter)
 
         self.num_drafts = vllm("num_drafts", "drafts of which the target read at least one token")
         self.num_draft_tokens = vllm("num_draft_tokens", "draft tokens that the target read")
         self.num_accepted_tokens = vllm("num_accepted_tokens", "draft tokens accepted")
         name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "draft tokens accepted, by position in the draft"
-        per_position = self._counter(name, text, ["model_name", "position"])
+        per_position = self.registry.counters(name, text, "model_name", "position")
         self.accepted_at = [per_position.labels(self.target, str(k)) for k in range(MAX_POSITIONS)]
-        reached = self._counter("dspark_reached_tokens_per_pos", "draft tokens judged, by position", ["position"])
+        reached = self.registry.counters(
+            "dspark_reached_tokens_per_pos", "draft tokens judged, by position", "position"
+        )
         self.reached_at = [reached.labels(str(k)) for k in range(MAX_POSITIONS)]
 
         self.drafted = ours("drafted_tokens", "draft tokens proposed, read or not")
@@ -127,58 +121,68 @@ class Metrics:
         self.full_hits = ours("full_draft_hits", "drafts accepted whole, nothing of them pruned")
         self.emitted_by_drafter = ours("accepted_tokens", "draft tokens accepted, by who proposed them")
         self.draft_faults = ours("draft_faults", "passes that lost their draft because the drafter failed")
-        skipped = self._counter(
-            "dspark_skipped_drafts", "passes for which drafting was left out, by reason", ["reason"]
+        skipped = self.registry.counters(
+            "dspark_skipped_drafts", "passes for which drafting was left out, by reason", "reason"
         )
         self.skipped = {reason: skipped.labels(reason) for reason in (*SKIP_REASONS, _OTHER)}
-        self.verified_length = self._histogram("dspark_verified_length", "draft tokens read per pass", _LENGTHS)
+        self.verified_length = self.registry.histogram("dspark_verified_length", "draft tokens read per pass", _LENGTHS)
 
     def _make_engine(self) -> None:
-        self.passes = self._counter("dspark_decode_passes", "target passes of decoding requests, one each per step")
-        self.committed = self._counter("dspark_committed_tokens", "tokens committed by decoding passes")
-        self.prompt_tokens = self._counter("dspark_prompt_tokens", "prompt tokens read")
-        self.prefix_asked = self._counter("dspark_prefix_asked_tokens", "prompt tokens looked up in the prefix cache")
-        self.prefix_found = self._counter("dspark_prefix_found_tokens", "of which the target need not read")
-        prefix_hits = self._gauge(
+        self.passes = self.registry.counter(
+            "dspark_decode_passes", "target passes of decoding requests, one each per step"
+        )
+        self.committed = self.registry.counter("dspark_committed_tokens", "tokens committed by decoding passes")
+        self.prompt_tokens = self.registry.counter("dspark_prompt_tokens", "prompt tokens read")
+        self.prefix_asked = self.registry.counter(
+            "dspark_prefix_asked_tokens", "prompt tokens looked up in the prefix cache"
+        )
+        self.prefix_found = self.registry.counter("dspark_prefix_found_tokens", "of which the target need not read")
+        prefix_hits = self.registry.gauge(
             "dspark_prefix_hit_ratio", "recent share of prompt tokens found; NaN without a look-up"
         )
         prefix_hits.set_function(lambda: self.prefix_hits.value)
-        self.preempted = self._counter("dspark_preemptions", "requests put back into the queue for lack of slots")
-        self.steps = self._histogram("dspark_step_seconds", "seconds per engine step", _STEP)
-        phase = self._counter("dspark_phase_seconds", "seconds of engine steps, by phase", ["phase"])
+        self.preempted = self.registry.counter(
+            "dspark_preemptions", "requests put back into the queue for lack of slots"
+        )
+        self.steps = self.registry.histogram("dspark_step_seconds", "seconds per engine step", _STEP)
+        phase = self.registry.counters("dspark_phase_seconds", "seconds of engine steps, by phase", "phase")
         self.phase_seconds = {name: phase.labels(name) for name in (*PHASES, _OTHER)}
-        self.running = self._gauge("dspark_requests_running", "requests being decoded or read")
-        self.waiting = self._gauge("dspark_requests_waiting", "requests in the queue")
-        self.kv_usage = self._gauge("dspark_kv_usage_ratio", "share of the KV slots in use")
-        self._gauge("dspark_kv_slots", "tokens that the KV cache holds").set(self.num_slots)
-        capacity = self._gauge(
-            "dspark_capacity_requests_per_second", "that fit, by what gives way beyond; NaN until known", ["bound"]
+        self.running = self.registry.gauge("dspark_requests_running", "requests being decoded or read")
+        self.waiting = self.registry.gauge("dspark_requests_waiting", "requests in the queue")
+        self.kv_usage = self.registry.gauge("dspark_kv_usage_ratio", "share of the KV slots in use")
+        self.registry.gauge("dspark_kv_slots", "tokens that the KV cache holds").set(self.num_slots)
+        capacity = self.registry.gauges(
+            "dspark_capacity_requests_per_second", "that fit, by what gives way beyond; NaN until known", "bound"
         )
         self.capacity = {bound: capacity.labels(bound) for bound in ("objectives", "saturation")}
         for gauge in self.capacity.values():
             gauge.set(math.nan)
-        self.speculative_seconds = self._counter(
+        self.speculative_seconds = self.registry.counter(
             "dspark_speculative_seconds", "seconds of speculative steps whose plain cost is known"
         )
-        self.plain_seconds = self._counter(
+        self.plain_seconds = self.registry.counter(
             "dspark_plain_equivalent_seconds", "seconds that plain decoding takes for the tokens of the same steps"
         )
-        speedup = self._gauge(
+        speedup = self.registry.gauge(
             "dspark_speedup_vs_plain", "recent measured speed-up; NaN until plain steps were measured"
         )
         speedup.set_function(lambda: self.plain.speedup)
 
     def _make_checks(self) -> None:
-        canaries = self._counter("dspark_canaries", "finished requests replayed without speculation", ["outcome"])
+        canaries = self.registry.counters(
+            "dspark_canaries", "finished requests replayed without speculation", "outcome"
+        )
         self.canaries = {name: canaries.labels(name) for name in OUTCOMES}
-        alarms = self._counter("dspark_drift_alarms", "changes that nobody announced", ["signal", "request_class"])
+        alarms = self.registry.counters(
+            "dspark_drift_alarms", "changes that nobody announced", "signal", "request_class"
+        )
         self.drift_alarms = {(s, c): alarms.labels(s, c) for s in DRIFT_SIGNALS for c in CLASSES}
         self.drift_alarms["beliefs", "all"] = alarms.labels("beliefs", "all")  # of the budget, about draft tokens
-        self.belief_drift = self._gauge(
+        self.belief_drift = self.registry.gauge(
             "dspark_belief_drift", "standard deviations by which recent drafts fare other than believed"
         )
         by_bin = {
-            name: self._counter(f"dspark_confidence_{name}", text, ["bin"])
+            name: self.registry.counters(f"dspark_confidence_{name}", text, "bin")
             for name, text in (
                 ("tokens", "draft tokens judged, by stated confidence"),
                 ("accepted", "of which accepted"),
@@ -188,17 +192,25 @@ class Metrics:
         self.bins = [
             tuple(by_bin[n].labels(label) for n in ("tokens", "accepted", "sum")) for label in self.reliability.labels
         ]
-        error = self._gauge("dspark_calibration_error", "recent expected calibration error of beliefs; NaN without any")
+        error = self.registry.gauge(
+            "dspark_calibration_error", "recent expected calibration error of beliefs; NaN without any"
+        )
         error.set_function(lambda: self.reliability.error)
-        self.predicted_seconds = self._counter("dspark_predicted_step_seconds", "as the scheduler believed")
-        self.measured_seconds = self._counter("dspark_measured_step_seconds", "of the same steps, drafting left out")
-        self.cost_error_seconds = self._counter("dspark_cost_error_seconds", "between the two, step by step")
-        gauge = self._gauge("dspark_cost_error_ratio", "recent share of step time by which predictions were off")
+        self.predicted_seconds = self.registry.counter("dspark_predicted_step_seconds", "as the scheduler believed")
+        self.measured_seconds = self.registry.counter(
+            "dspark_measured_step_seconds", "of the same steps, drafting left out"
+        )
+        self.cost_error_seconds = self.registry.counter("dspark_cost_error_seconds", "between the two, step by step")
+        gauge = self.registry.gauge(
+            "dspark_cost_error_ratio", "recent share of step time by which predictions were off"
+        )
         gauge.set_function(lambda: self.cost_error.value)
-        self.regret_seconds = self._counter(
+        self.regret_seconds = self.registry.counter(
             "dspark_regret_seconds", "that a scheduler would have saved that knew every verdict beforehand"
         )
-        gauge = self._gauge("dspark_regret_ratio", "recent share of step time spent on draft tokens that were rejected")
+        gauge = self.registry.gauge(
+            "dspark_regret_ratio", "recent share of step time spent on draft tokens that were rejected"
+        )
         gauge.set_function(lambda: self.regret.value)
 
     # -- observers ------------------------------------------------------------------------------------------------------
@@ -280,8 +292,9 @@ class Metrics:
         num_wasted = sum(record.verified) - sum(record.accepted)
         if self.cost is not None and record.num_tokens:
             requests = record.load.num_requests if record.load else len(record.request_ids)
-            read = self.cost(record.num_tokens, requests, record.num_context_tokens)
-            needed = self.cost(record.num_tokens - num_wasted, requests, record.num_context_tokens)
+            read = needed = self.cost(record.num_tokens, requests, record.num_context_tokens)
+            if num_wasted:
+                needed = self.cost(record.num_tokens - num_wasted, requests, record.num_context_tokens)
             self.regret_seconds.inc(max(0.0, read - needed))
             self.regret.add(max(0.0, read - needed), read)
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import prometheus_client as prom
-
 from dspark.monitor.drift import CLASSES, by_temperature
+from dspark.monitor.series import Histogram, Registry
 from dspark.types import RequestRecord
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
@@ -34,34 +33,30 @@ class Objectives:
 class RequestMetrics:
     """Series of finished requests in `registry`. `observe` is an observer of RequestRecord."""
 
-    def __init__(self, registry: prom.CollectorRegistry, objectives: Objectives) -> None:
+    def __init__(self, registry: Registry, objectives: Objectives) -> None:
         self.objectives = objectives
 
-        def counter(name: str, text: str, *labels: str) -> prom.Counter:
-            return prom.Counter(name, text, labels, registry=registry)
+        def latency(name: str, text: str) -> Histogram:
+            return registry.histogram(f"dspark_{name}_seconds", text, _LATENCY)
 
-        def latency(name: str, text: str) -> prom.Histogram:
-            return prom.Histogram(f"dspark_{name}_seconds", text, buckets=_LATENCY, registry=registry)
-
-        finished = counter("dspark_requests_finished", "requests that ended", "reason")
+        finished = registry.counters("dspark_requests_finished", "requests that ended", "reason")
         self.finished = {reason: finished.labels(reason) for reason in (*FINISH_REASONS, _OTHER)}
-        self.generated = counter("dspark_generation_tokens", "tokens in finished requests")
+        self.generated = registry.counter("dspark_generation_tokens", "tokens in finished requests")
         self.ttft = latency("time_to_first_token", "from arrival to the first token")
         self.inter_token = latency("inter_token_latency", "between two streamed events of a request")
         self.per_output_token = latency("time_per_output_token", "mean per token after the first, by request")
         self.e2e = latency("e2e_request_latency", "from arrival to the last token")
         self.queue = latency("request_queue_time", "from arrival to the first step")
-        sizes = {"buckets": _TOKENS, "registry": registry}
-        self.prompt_length = prom.Histogram("dspark_request_prompt_tokens", "prompt tokens per request", **sizes)
-        self.output_length = prom.Histogram("dspark_request_generation_tokens", "tokens per request", **sizes)
-        self.tau = prom.Histogram(
-            "dspark_request_tau", "tokens per target pass, by request", buckets=_TAUS, registry=registry
-        )
-        judged = counter("dspark_slo_requests", "requests judged by a latency objective", "objective")
-        good = counter("dspark_slo_good", "requests that kept the objective", "objective")
+        self.prompt_length = registry.histogram("dspark_request_prompt_tokens", "prompt tokens per request", _TOKENS)
+        self.output_length = registry.histogram("dspark_request_generation_tokens", "tokens per request", _TOKENS)
+        self.tau = registry.histogram("dspark_request_tau", "tokens per target pass, by request", _TAUS)
+        judged = registry.counters("dspark_slo_requests", "requests judged by a latency objective", "objective")
+        good = registry.counters("dspark_slo_good", "requests that kept the objective", "objective")
         self.slo = {name: (judged.labels(name), good.labels(name)) for name in OBJECTIVES}
-        drafts = counter("dspark_class_drafts", "drafts read, by class of request", "request_class")
-        hits = counter("dspark_class_first_token_hits", "of which the first token was accepted", "request_class")
+        drafts = registry.counters("dspark_class_drafts", "drafts read, by class of request", "request_class")
+        hits = registry.counters(
+            "dspark_class_first_token_hits", "of which the first token was accepted", "request_class"
+        )
         self.classes = {name: (drafts.labels(name), hits.labels(name)) for name in CLASSES}
 
     def observe(self, record: RequestRecord) -> None:
