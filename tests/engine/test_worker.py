@@ -255,6 +255,17 @@ def test_what_a_step_brings_is_sent_off_at_once_and_before_anybody_looks_at_it(t
     assert told == [*steps, "ended", "ended", "ended"]
 
 
+def test_of_a_request_that_ends_amid_others_watchers_are_told_when_it_is_time(target, started, monkeypatch):
+    monkeypatch.setattr("dspark.engine.worker._SECONDS_BETWEEN_TELLING", float("inf"))
+    told = []
+    options = {"observers": [lambda record: told.append("step")], "on_finished": [lambda r: told.append(r.token_ids)]}
+    worker = started(Engine(target), **options)
+    requests = [worker.engine.prepare([1, 2], SamplingParams(max_tokens=n)) for n in (6, 2)]
+    worker.submit(requests, [lambda delta: None] * 2)
+    worker.drain(30)
+    assert told == [*["step"] * 6, requests[1].generated, requests[0].generated]
+
+
 def test_idle_tasks_run_only_between_requests(target, started):
     calls = []
 

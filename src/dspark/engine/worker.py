@@ -45,7 +45,7 @@ class Worker:
     stuck_seconds     a step that takes longer is reported, and `is_stuck` until it ends
     observers         called with every StepRecord, several at once where steps are short: watching costs half of what it
                       does step by step, when its code has left the processor's caches each time
-    on_finished       called with a RequestRecord whenever a request ends, whatever ended it
+    on_finished       called with a RequestRecord for every request that has ended, whatever ended it; as late as observers
     on_delivered      called once after the sinks of all that a step brought: the time to wake whoever waits for it
     idle_tasks        called while there is nothing to do, in turn; each does a little (at most about one step) and returns
                       whether it has more. Requests go first: the next one is looked for after every call.
@@ -84,6 +84,7 @@ class Worker:
         self._ended = threading.Event()
         self._step_began: float | None = None
         self._untold: list[StepRecord] = []
+        self._untold_jobs: list[_Job] = []  # that have ended
         self._last_told = 0.0
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="dspark-watchdog", daemon=True)
@@ -174,11 +175,14 @@ class Worker:
 
     def _run(self) -> None:
         while self._obey():
-            record = self._step() if self.engine.has_work else None
-            ended = self._deliver()  # before anything that only watches
-            self._tell(record, ended)
-            if not self.engine.has_work and self._inbox.empty():
+            if self.engine.has_work:
+                self._step()
+            self._deliver()  # before anything that only watches
+            is_idle = not self.engine.has_work and self._inbox.empty()
+            self._tell(is_idle)
+            if is_idle:
                 self._rest()
+        self._tell(is_idle=True)
         for call in list(self.at_end):
             self._guarded(self.at_end, call)
 
@@ -196,8 +200,7 @@ class Worker:
         if not self.is_draining:
             self._inbox.get()()
 
-    def _step(self) -> StepRecord | None:
-        """None if it raised."""
+    def _step(self) -> None:
         self._step_began = began = time.monotonic()
         try:
             record = self.engine.step()
@@ -205,11 +208,11 @@ class Worker:
             self.num_faults += 1
             failed = self.engine.fail_running()
             log.exception("a step raised: its %d requests fail, the others go on", len(failed))
-            return None
+            return
         finally:
             self._step_began = None
         self._note_starts(record, began)
-        return record
+        self._untold.append(record)
 
     def _note_starts(self, record: StepRecord, began: float) -> None:
         waiting = {request.id for request in self.engine.batcher.waiting} if record.num_waiting else set()
@@ -226,8 +229,8 @@ class Worker:
         for job in self._jobs.values():
             self.engine.cancel(job.request)
 
-    def _deliver(self) -> list[_Job]:
-        """Hand out what every request got since the last time, and close those that have ended: these."""
+    def _deliver(self) -> None:
+        """Hand out what every request got since the last time, and close those that have ended."""
         now, ended, is_any = time.monotonic(), list[_Job](), False
         for job in self._jobs.values():
             request, num_seen = job.request, len(job.token_seconds)
@@ -244,7 +247,6 @@ class Worker:
         if is_any:
             for call in list(self.on_delivered):
                 self._guarded(self.on_delivered, call)
-        return ended
 
     def _hand_out(self, job: _Job, num_seen: int) -> None:
         try:
@@ -262,17 +264,17 @@ class Worker:
     def _close(self, job: _Job, now: float) -> None:
         job.finish = now
         del self._jobs[job.request.id]
+        self._untold_jobs.append(job)
         with self._lock:
             self.admission.end(job.arrival, now)
 
-    def _tell(self, record: StepRecord | None, ended: Sequence[_Job]) -> None:
-        """Let those who watch know of a step and of the requests that have ended."""
-        if record is not None:
-            self._untold.append(record)
+    def _tell(self, is_idle: bool) -> None:
+        """Let those who watch know of steps and of requests that have ended, if it is time."""
         now = time.monotonic()
-        if not ended and now - self._last_told < _SECONDS_BETWEEN_TELLING:
+        if not is_idle and now - self._last_told < _SECONDS_BETWEEN_TELLING:
             return
-        records, self._untold, self._last_told = self._untold, [], now
+        records, self._untold = self._untold, []
+        ended, self._untold_jobs, self._last_told = self._untold_jobs, [], now
         for record in records:
             for observe in list(self.observers):
                 self._guarded(self.observers, observe, record)

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dspark.errors import DSparkError, ShuttingDown
@@ -41,6 +42,13 @@ def run_engine(line: socket.socket, make: Callable[..., Watched], arguments: Seq
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
     end = EngineEnd(line)
+    try:
+        _step_until_told_otherwise(end, make, arguments)
+    finally:
+        end.close()
+
+
+def _step_until_told_otherwise(end: EngineEnd, make: Callable[..., Watched], arguments: Sequence[Any]) -> None:
     hearing = threading.Thread(target=end.hear, name="dspark-line", daemon=True)
     hearing.start()
     try:
@@ -62,11 +70,14 @@ class EngineEnd:
     """One end of the line. The other is `engine_process.EngineProcess`, whose numbers name the requests here.
 
     What takes longer than a moment is done beside the thread that hears: grammars on one thread, pages on another. A
-    third one sends: who wakes the server's process may have to leave it its core for a millisecond, and steps should not.
+    third one pickles and sends: who wakes the server's process may have to leave it its core for a millisecond, and steps
+    should not. What it is given must not change any more.
     """
 
     def __init__(self, line: socket.socket) -> None:
-        self._line, self._sending = line, ThreadPoolExecutor(1, "dspark-sending")
+        self._line, self._outbox = line, SimpleQueue[Message | None]()
+        self._sending = threading.Thread(target=self._send_all, name="dspark-sending", daemon=True)
+        self._sending.start()
         self._watched: Watched | None = None
         self._taking: dict[int, Future[dict[int, Request]]] = {}  # requests handed in and not ended, by number
         self._held: list[tuple[Any, ...]] = []  # of the worker's thread
@@ -80,11 +91,17 @@ class EngineEnd:
         self.send("ready", self._worker.engine.intake, *limits)
 
     def send(self, *message: Any) -> None:
-        self._sending.submit(self._write, packed(message))
+        self._outbox.put(message)
 
-    def _write(self, data: bytes) -> None:
-        with suppress(ConnectionError):  # the server has gone: `hear` notices
-            self._line.sendall(data)
+    def close(self) -> None:
+        """Nothing more is sent; waits for what has been."""
+        self._outbox.put(None)
+        self._sending.join()
+
+    def _send_all(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            with suppress(ConnectionError):  # the server has gone: `hear` notices
+                self._line.sendall(packed(message))
 
     def hear(self) -> None:
         """Do what the server asks until it has gone."""
