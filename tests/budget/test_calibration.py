@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_the_report_tells_error_from_chance() -> None:
     wrong = report(honest.confidence.cumprod(1) ** 2, honest.survived, honest.known, honest.prompts)
     assert wrong.mean_ece.low > 0.05
     assert [r.auc.value for r in wrong.positions] == pytest.approx([r.auc.value for r in truthful.positions], abs=1e-6)
+
+
+def test_the_order_of_drafts_that_all_fared_alike_is_not_known() -> None:
+    """Nor is it in a draw of prompts where none of them survived: the others tell how sure the rest is."""
+    torch.manual_seed(0)
+    survived = torch.zeros(60, 2)
+    survived[:9:3, 0] = 1
+    positions = report(torch.rand(60, 2), survived, torch.ones(60, 2, dtype=torch.bool), torch.arange(60)).positions
+    assert 0 < positions[0].auc.low < positions[0].auc.value < positions[0].auc.high <= 1
+    assert all(math.isnan(x) for x in (positions[1].auc.value, positions[1].auc.low, positions[1].auc.high))
 
 
 def test_the_file_comes_back_and_sglang_can_read_its_own(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_the_rate_of_the_last_days_from_prometheus_with_a_gap(capsys, file):
         (("{file}", *MIX, "--max-num-seqs", "0"), "--max-num-seqs"),
         (("{file}", *MIX[:4], "--tau", "0.5"), "tau"),
         (("{file}", "--verified", "2", *MIX[:4]), "--tau"),
+        (("{file}", *MIX[:4], "--tau", "3", "--verified", "1.5"), "--verified must be so many"),
         (("{file}", *MIX, "--metrics", "http://127.0.0.1:9/metrics"), "cannot read"),
         (("{file}", *MIX, "--metrics", "{file}"), "no page of metrics"),
         (("{file}", *MIX, "--rates", "nowhere.txt"), "cannot read"),

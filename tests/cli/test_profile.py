@@ -53,6 +53,13 @@ def test_the_table_is_for_people(target, tmp_path, capsys):
     assert "verify 0" in shown.out and str(out) in shown.err and out.exists()
 
 
+def test_the_table_is_of_contexts_that_could_be_read(target, tmp_path, capsys):
+    options = ["--target", str(tmp_path / "target"), "--dtype", "float32", "--device", "cpu", "--requests", "1"]
+    out = ["--output", str(tmp_path / "capacity.json"), "--json"]
+    assert main(["profile", *options, "--contexts", "16,5000,9000", *out]) == 0
+    assert [row["context"] for row in json.loads(capsys.readouterr().out)["rows"]] == [16, 256]
+
+
 @pytest.mark.parametrize("bad", ["", "0", "1,x", "-1"])
 def test_bad_numbers_are_refused(bad, capsys):
     assert main(["profile", "--requests", bad]) == 2

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from cli.command import PAIR
 from dspark.cli.against_plain import Difference, first_difference
 from dspark.cli.main import main
-from dspark.cli.terminal import acceptance_by_position, quiet_drift, speculation_summary, wants_colour
+from dspark.cli.terminal import acceptance_by_position, print_json, quiet_drift, speculation_summary, wants_colour
 from dspark.engine.marks import DraftMarks
 from dspark.engine.text import Detokenizer, StopStrings
 from dspark.types import Delta, Round
@@ -58,6 +58,11 @@ def test_marks_follow_the_text_of_their_tokens(text: str, sizes: list[int], has_
     for token_id, drafted in zip(token_ids, is_drafted, strict=True):
         by_token += [(character, drafted) for character in one_by_one.push([token_id])]
     assert [(character, drafted) for run, drafted in runs for character in run] == by_token[: len(shown)]
+
+
+def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), (float("inf"), 1.5)], "b": {"c": float("-inf"), "d": Path("x"), "e": None, "f": 2}})
+    assert capsys.readouterr().out == '{"a": [null, [null, 1.5]], "b": {"c": null, "d": "x", "e": null, "f": 2}}\n'
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def test_a_deterministic_target_needs_no_excuse_in_bfloat16(capsys):
     assert result["draft_tokens_accepted"] > 0
 
 
+def test_it_says_where_no_draft_token_was_read(capsys):
+    code, _, err = run(capsys, "verify-lossless", *FEW, "--scheduler", "fixed:0")
+    assert code == 0 and "at temperature 1 the scheduler fixed:0 had no draft token read" in err
+    code, _, err = run(capsys, "verify-lossless", *FEW)
+    assert code == 0 and "had no draft token read" not in err
+
+
 def test_json(capsys):
     result = run_json(capsys, "verify-lossless", *FEW, "--rule", "rejection", "--samples", "40", "--batch", "20")
     assert result["lossless"] and not result["token_checks"]

@@ -6,6 +6,7 @@ resemble each other, so intervals resample prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,10 @@ def _position(
 
 def _interval(value: float, resampled: Tensor, most: float = float("inf")) -> Interval:
     """Reflected at the estimate, because a resampled error is too large by as much as the estimate itself is."""
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    if math.isnan(value):
+        return Interval(value, value, value)
+    # A draw of prompts in which all drafts fared alike says nothing of their order.
+    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return Interval(value, min(most, max(0.0, 2 * value - high)), min(most, max(0.0, 2 * value - low)))
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.models import add_target, add_threads, open_target, set_threads
-from dspark.cli.terminal import progress, say
+from dspark.cli.terminal import print_json, progress, say
 from dspark.errors import InvalidConfiguration, InvalidRequest
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     }
     written = [] if args.dry_run else _write(args, folder, calibrations, judged)
     if args.json:
-        print(json.dumps(_as_json(calibrations, judged, written)))
+        print_json(_as_json(calibrations, judged, written))
     else:
         _print(args, calibrations, judged)
         say(
@@ -269,7 +269,7 @@ def _print(
         a = calibrations["affine"]
         print(
             f"{k + 1:<10}{raw.rate:8.1%}  {_percent(raw.ece)}  {_percent(sts.ece)}  {_percent(affine.ece)}  "
-            f"{affine.ece_floor:6.2%}  {affine.auc.value:.3f}  {raw.brier.value:.3f}   {affine.brier.value:.3f}"
+            f"{affine.ece_floor:6.2%}  {_ranking(affine.auc.value)}  {raw.brier.value:.3f}   {affine.brier.value:.3f}"
             f"    {calibrations['sts'].temperatures[k]:.2f}    {a.temperatures[k]:.2f}, {a.offsets[k]:+.2f}"
         )
     print()
@@ -281,14 +281,22 @@ def _print(
     for name, of in judged.items():
         values = "  ".join(f"{_percent(of[v].mean_ece)} {_range(of[v].mean_ece):<13}" for v in _VARIANTS)
         best = of["affine"]
-        auc = sum(r.auc.value for r in best.positions) / len(best.positions)
-        print(f"{name:<20}{best.num_prompts:>7} {best.num_rounds:>7,}   {values}  {best.mean_floor:.2%}   {auc:.3f}")
+        known = [r.auc.value for r in best.positions if not math.isnan(r.auc.value)]
+        auc = sum(known) / len(known) if known else math.nan
+        print(
+            f"{name:<20}{best.num_prompts:>7} {best.num_rounds:>7,}   {values}  {best.mean_floor:.2%}   {_ranking(auc)}"
+        )
     print(
         "\nraw: survival as the drafter states it; sts: its confidences with a temperature T per position, affine: with T "
         f"and an offset\n(stored: {args.method}). Calibration error: how far stated survival is from what was observed; "
         "chance: the error that as many\nrounds would show if nothing were wrong. AUC: how well drafts that survive are told "
-        "from others, 0.5 (not at all) to 1.\nBrier score: mean square of stated less observed; the lower the better."
+        "from others, 0.5 (not at all) to 1; -: all were alike.\nBrier score: mean square of stated less observed; the lower "
+        "the better."
     )
+
+
+def _ranking(auc: float) -> str:
+    return "    -" if math.isnan(auc) else f"{auc:.3f}"
 
 
 def _percent(interval: Interval) -> str:

@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark.cli.terminal import print_json
 from dspark.errors import DSparkError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     rates = _rates(args)
     demand = None if rates is None else forecast(rates, args.hours, args.quantile)
     if args.json:
-        print(json.dumps(_as_json(args, capacity, mix, plan, demand)))
+        print_json(_as_json(args, capacity, mix, plan, demand))
         return 0
     _report(args, capacity, mix, limits, plan)
     if demand is not None and rates is not None:
@@ -120,6 +121,11 @@ def _mix_and_limits(args: argparse.Namespace) -> tuple[Mix, Limits]:
         why = f"{args.metrics} has not seen a request finish" if args.metrics else "no --metrics"
         raise InvalidRequest(f"{why}: give --prompt-tokens, --output-tokens and --tau")
     by_load, spread = (seen.by_load, seen.spread) if seen else ((), (1.0,))
+    if args.tau is not None and args.verified is not None and args.verified < args.tau - 1:
+        raise InvalidRequest(
+            f"of {args.tau:g} tokens per pass {args.tau - 1:g} are draft tokens: --verified must be so many or more; "
+            f"got {args.verified:g}"
+        )
     if args.tau is not None:
         by_load, spread = ((1.0, args.tau, 2 * args.tau - 2 if args.verified is None else args.verified),), (1.0,)
     elif args.verified is not None:

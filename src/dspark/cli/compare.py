@@ -9,12 +9,11 @@ times. Intervals are 95 % ones over prompts, paired. With --gate, exit code 1: a
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.models import add_target, add_threads, check_names, open_target, set_threads
-from dspark.cli.terminal import new_file, progress, quiet_drift, say
+from dspark.cli.terminal import new_file, print_json, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     choice = comparison.choose(runs) if len(runs) > 1 else None
     reasons = [r for c in found for r in comparison.failures(c, gate)] if args.gate is not None else []
     if args.json:
-        print(json.dumps(_as_json(runs, found, choice, reasons)))
+        print_json(_as_json(runs, found, choice, reasons))
     else:
         _report(args, baseline, runs, found, choice)
         for reason in reasons:

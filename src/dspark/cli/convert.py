@@ -8,10 +8,9 @@ Reads DeepSpec, SpecForge, EAGLE, speculators and this project's own. Every tens
 from __future__ import annotations
 
 import argparse
-import json
 
 from dspark.cli.models import quiet_weights
-from dspark.cli.terminal import progress
+from dspark.cli.terminal import print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             target = load_target(args.target)
     done = convert(source, args.to, args.out, target, args.verifier)
     if args.json:
-        print(json.dumps(vars(done), default=str))
+        print_json(vars(done))
         return 0
     print(f"{done.written_by} -> {done.to}: {done.num_tensors} tensors, {done.num_bytes / 1e6:.1f} MB in {done.folder}")
     for what, names in (("added", done.added), ("left out", done.left_out)):

@@ -8,12 +8,11 @@ Exit code 1: it does not fit, it means something else than its config says, or i
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.models import quiet_weights
-from dspark.cli.terminal import progress
+from dspark.cli.terminal import print_json, progress
 from dspark.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         texts = _greedy_answers(target, prompts, args.max_tokens)
     diagnosis = examine(checkpoint, target, texts)
     if args.json:
-        print(json.dumps(_as_json(diagnosis)))
+        print_json(_as_json(diagnosis))
     else:
         _print(diagnosis, args.drafter)
     return SICK if diagnosis.problems else 0

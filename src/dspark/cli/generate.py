@@ -10,7 +10,6 @@ Everything about the run goes to stderr.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from dspark.cli.models import (
 )
 from dspark.cli.terminal import (
     marked,
+    print_json,
     progress,
     quiet_drift,
     say,
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and not streamed.interrupted:
         comparison = _compare(engine, prompt, params, args, streamed.generation.seed)
     if args.json:
-        print(json.dumps(_as_json(streamed, comparison) | {"scheduling": hindsight.as_json()}))
+        print_json(_as_json(streamed, comparison) | {"scheduling": hindsight.as_json()})
     elif comparison:
         _report(comparison, engine, args)
     return 130 if streamed.interrupted else 0

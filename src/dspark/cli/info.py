@@ -9,13 +9,12 @@ Exit code 1: the drafter does not fit the target. Each mismatch is named.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dspark.cli.models import quiet_weights
-from dspark.cli.terminal import progress
+from dspark.cli.terminal import print_json, progress
 from dspark.errors import InvalidRequest
 
 DOES_NOT_FIT = 1
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     problems = None if args.target is None else _problems(path, args)
     if args.json:
         fit = {} if problems is None else {"target": args.target, "fits": not problems, "problems": problems}
-        print(json.dumps({**facts, **fit}, default=str))
+        print_json({**facts, **fit})
     else:
         _print_table(dict(_flat(facts)))
         if problems is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dspark.cli.generate import loading
 from dspark.cli.models import add_target, add_threads, drafter_name, open_target, set_threads
-from dspark.cli.terminal import new_file, progress, say
+from dspark.cli.terminal import new_file, print_json, progress, say
 from dspark.errors import InvalidRequest
 
 
@@ -50,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
             f"{args.target} has {engine.target.num_free_slots} slots, and its texts {engine.max_length} tokens"
         )
     engine.capacity.save(path)
-    rows = _rows(engine, requests, contexts)
+    read = tuple(dict.fromkeys(min(context, engine.max_length) for context in contexts))  # longer ones were cut
+    rows = _rows(engine, requests, read)
     if args.sps:
         table = engine.capacity.as_sps(max(requests) * (1 + engine.drafter.length), max(requests))
         args.sps.write_text(json.dumps(table), encoding="utf-8")
     if args.json:
-        print(json.dumps({"file": str(path), "steps": num_steps, "rows": rows}))
+        print_json({"file": str(path), "steps": num_steps, "rows": rows})
         return 0
     _print(rows)
     say(f"{num_steps} steps measured, kept in {path}")

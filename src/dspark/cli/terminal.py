@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from dspark.types import Round
@@ -25,6 +27,19 @@ def wants_colour(stream: TextIO, no_color: bool) -> bool:
 def say(message: str) -> None:
     """A line about the run. On stderr, so that stdout is the text and nothing else."""
     print(f"dspark: {message}", file=sys.stderr, flush=True)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One object for scripts, on a line. What is no number is null, as JSON has it."""
+    print(json.dumps(_numbers_or_null(result), default=str, allow_nan=False))
+
+
+def _numbers_or_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _numbers_or_null(part) for key, part in value.items()}
+    return [_numbers_or_null(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def new_file(name: str) -> Path:

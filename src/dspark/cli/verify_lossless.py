@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.models import add_hub, add_target, add_threads, check_names, open_target, set_threads
-from dspark.cli.terminal import new_file, progress, quiet_drift, say
+from dspark.cli.terminal import new_file, print_json, progress, quiet_drift, say
 from dspark.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         _keep(args.keep, token_checks)
     num_bugs = sum(c.num_unexplained for c in token_checks) + sum(c.is_unexplained for c in law_checks)
     if args.json:
-        print(json.dumps(_as_json(args, dtype, token_checks, law_checks, num_bugs)))
+        print_json(_as_json(args, dtype, token_checks, law_checks, num_bugs))
     else:
         _report(args, dtype, token_checks, law_checks, num_bugs)
     return DIFFERENT if num_bugs else 0
@@ -163,6 +163,11 @@ def _report(
             f"({check.num_tokens} tokens, tau {check.tau:.2f}), {check.num_explained} differences explained by rounding, "
             f"{check.num_unexplained} unexplained"
         )
+        if not check.num_verified:
+            say(
+                f"at temperature {check.temperature:g} the scheduler {args.scheduler} had no draft token read, so nothing "
+                "was tried there: --scheduler fixed:7 has them read whatever they cost"
+            )
         for parting in check.partings:
             print(f"  prompt {parting.prompt_index}, batch {parting.batch}: {_described(parting.difference)}")
     for law in laws:
