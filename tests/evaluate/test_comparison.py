@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from scipy.stats import t
 
 from dspark.errors import InvalidConfiguration, InvalidRequest
 from dspark.evaluate.comparison import USUAL_GATE, Requirement, choose, compare, failures, read_gate
-from dspark.evaluate.runs import Run, Setup, Unit
+from dspark.evaluate.prompts import Sample
+from dspark.evaluate.runs import Run, Setup, Unit, work_of
 from dspark.evaluate.statistics import _t_quantile, ratio_of_rates
+from dspark.types import SamplingParams
 
 
 def timed(name: str, slower: float = 1.0, num_units: int = 60, seed: int = 0, noise: float = 0.05, **facts) -> Run:
@@ -98,6 +101,19 @@ def test_other_texts_close_a_gate_that_asks():
 def test_seconds_of_another_machine_are_not_judged():
     found = compare(timed("a"), timed("b", slower=3.0, threads="8"))
     assert found.speed is None and not failures(found, {"speed": Requirement(at_least=1.0)})
+
+
+def test_a_kept_run_outlives_parameters_that_were_not_there_yet():
+    @dataclass(frozen=True)
+    class LaterParams(SamplingParams):
+        later: float = 0.0
+
+    samples = [Sample("a"), Sample("b")]
+    now, later = (
+        [work_of(samples, of(seed=seed), 1, False) for seed in (3, 4)] for of in (SamplingParams, LaterParams)
+    )
+    assert now == later and now[0] != now[1]
+    assert work_of(samples, LaterParams(seed=3, later=1.0), 1, False) not in now
 
 
 def test_other_work_is_refused():

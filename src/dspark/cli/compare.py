@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, setups)
     gate = comparison.read_gate(Path(args.gate)) if args.gate else comparison.USUAL_GATE
     baseline = Run.load(args.against) if args.against else None
-    runs = _runs(args, setups)
+    runs = _runs(args, setups, baseline)
     if args.save:
         runs[-1].save(args.save)
     if baseline is None:
@@ -95,20 +95,29 @@ def _check(args: argparse.Namespace, setups: list[Setup]) -> None:
         raise InvalidRequest("each setup can take part once")
     if len(setups) < 2 and not (args.against or args.save):
         raise InvalidRequest("comparing takes two setups, as in `none dspark`, or a kept run (--against FILE)")
+    if not args.prompts_file:
+        _require_two_batches(args, args.prompts)
     for setup in setups:
         check_names(args.target, setup.drafter, setup.scheduler, setup.rule)
 
 
-def _runs(args: argparse.Namespace, setups: list[Setup]) -> list[Run]:
-    from dspark.evaluate.runs import run_all
+def _require_two_batches(args: argparse.Namespace, num_prompts: int) -> None:
+    if num_prompts < 2 * args.batch:
+        raise InvalidRequest(f"an interval needs two batches; {num_prompts} prompts make fewer of {args.batch}")
+
+
+def _runs(args: argparse.Namespace, setups: list[Setup], baseline: Run | None) -> list[Run]:
+    from dspark.evaluate.comparison import require_same_work
+    from dspark.evaluate.runs import run_all, work_of
     from dspark.types import SamplingParams
 
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     with progress(f"loading {args.target}", args.no_color):
         target, engines = _engines(args, setups)
         samples, raw = _samples(args, target)
-    if len(samples) < 2 * args.batch:
-        raise InvalidRequest(f"an interval needs two batches; {len(samples)} prompts make fewer of {args.batch}")
+    _require_two_batches(args, len(samples))
+    if baseline is not None:  # before minutes are spent on it
+        require_same_work(baseline, setups[0].name, work_of(samples, params, args.batch, raw))
     doing = f"decoding {len(samples)} prompts {args.repeats} times with {len(setups)} setups"
     with progress(doing, args.no_color), quiet_drift():
         return run_all(engines, _facts(args, target), samples, params, args.batch, args.repeats, raw)

@@ -48,13 +48,18 @@ class Comparison:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def compare(baseline: Run, run: Run, confidence: float = 0.95) -> Comparison:
-    """Paired by unit. InvalidRequest where the two did not do the same work."""
-    if baseline.work != run.work or len(baseline.units) != len(run.units):
+def require_same_work(baseline: Run, name: str, work: str) -> None:
+    """Raise InvalidRequest where what `name` decodes, or is to decode, is not what the baseline did."""
+    if baseline.work != work:
         raise InvalidRequest(
-            f"{baseline.name} and {run.name} did not decode the same prompts with the same parameters and batch: "
+            f"{baseline.name} and {name} do not decode the same prompts with the same parameters and batch: "
             "compare runs of one command line"
         )
+
+
+def compare(baseline: Run, run: Run, confidence: float = 0.95) -> Comparison:
+    """Paired by unit. InvalidRequest where the two did not do the same work."""
+    require_same_work(baseline, run.name, run.work)
     pairs = list(zip(baseline.units, run.units, strict=True))
     same = sum(a.texts == b.texts for a, b in pairs) / len(pairs)
     tau = ratio_of_rates(

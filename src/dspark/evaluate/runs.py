@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,13 @@ class Run:
             raise InvalidRequest(f"{path} is no saved run ({error}): write one with `dspark compare --save`") from error
 
 
+def work_of(samples: Sequence[Sample], params: SamplingParams, batch: int, raw: bool) -> str:
+    """A digest of what is asked for. Parameters at their defaults have no part in it: versions to come may have more."""
+    usual = type(params)()
+    given = {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != getattr(usual, f.name)}
+    return _digest([[s.prompt for s in samples], given, batch, raw])
+
+
 def run_all(
     engines: Mapping[str, Engine],
     facts: Mapping[str, str],
@@ -121,7 +128,7 @@ def run_all(
     units = _units(samples, batch)
     first_seed = params.seed or 0
     each = [replace(params, seed=first_seed + i) for i in range(len(samples))]
-    work = _digest([[s.prompt for s in samples], asdict(params), batch, raw])
+    work = work_of(samples, params, batch, raw)
     runs = {name: Run(name, work, facts, [Unit(samples[u[0]].domain) for u in units]) for name in engines}
 
     def decode(name: str, members: Sequence[int]) -> list[Generation]:
