@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from dspark.budget.guard import Guard
 from dspark.target.target import Target
@@ -19,7 +20,8 @@ log = logging.getLogger(__name__)
 # Positions of one request whose features are kept while the drafter is not asked about it. They take about as much
 # memory as the drafter's own keys and values would, and reading them for nothing takes time from everybody.
 _MOST_UNREAD = 4096
-_MOST_HELD = 2048  # positions of steps whose features are held on to for the sake of pieces of them
+_FEW_HELD = 2048  # positions of steps that are held on to, whoever needs them
+_MOST_HELD = 4  # times as many as are needed: steps go with the last request that ran in them, so it is seldom more
 
 
 class Drafting:
@@ -35,6 +37,10 @@ class Drafting:
         self._has_logged = False
         self._ids: list[int] = []  # that the guard was asked about last,
         self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
+        self._num_kept, self._look_after = (
+            0,
+            _FEW_HELD,
+        )  # positions of steps since it was looked what is held, and until then
 
     def propose(self, record: StepRecord, decoding: Sequence[Request], with_room: Sequence[int]) -> Draft:
         """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
@@ -90,16 +96,23 @@ class Drafting:
 
     def keep_features(self, request: Request, piece: FeaturePiece) -> None:
         """Remember features of the positions just committed until the drafter has read them."""
-        if self._failed and request.id in self._failed:
+        if not self._failed or request.id not in self._failed:
+            request.feature_pieces.append(piece)
+
+    def end_step(self, features: Tensor, requests: Sequence[Request]) -> None:
+        """Let go of the features [T, F] of steps of which these requests, who ran in the last one, need little."""
+        self._num_kept += len(features)
+        if self._num_kept < self._look_after:
             return
-        request.feature_pieces.append(piece)
-        request.num_loose += 1
-        request.num_held += len(piece.features)
-        if request.num_held > _MOST_HELD:  # joined among themselves: what came before them is not copied again
-            loose = request.feature_pieces[-request.num_loose :]
-            joined = loose[0].cut.clone() if len(loose) == 1 else torch.cat([p.cut for p in loose])
-            request.feature_pieces[-request.num_loose :] = [FeaturePiece(joined, 0, len(joined))]
-            request.num_loose = request.num_held = 0
+        pieces = [piece for request in requests for piece in request.feature_pieces]
+        num_held = sum({id(piece.features): len(piece.features) for piece in pieces}.values())
+        num_needed = sum(map(len, pieces))
+        self._num_kept, self._look_after = 0, max(_FEW_HELD, num_needed)
+        if num_held > max(_FEW_HELD, _MOST_HELD * num_needed):
+            for request in requests:
+                if request.feature_pieces:
+                    joined = torch.cat([piece.cut for piece in request.feature_pieces])
+                    request.feature_pieces[:] = [FeaturePiece(joined, 0, len(joined))]
 
     def forget(self, request: Request) -> None:
         """The request has ended, or must be read again from the start."""
@@ -107,7 +120,6 @@ class Drafting:
         self._failed.discard(request.id)
         request.features, request.features_start = None, 0
         request.feature_pieces.clear()
-        request.num_loose = request.num_held = 0
 
     def _ask(self, record: StepRecord, asked: Sequence[Request]) -> Draft:
         try:
@@ -179,7 +191,6 @@ def _join_features(request: Request) -> int:
         pieces += [piece.cut for piece in request.feature_pieces]
         request.features = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         request.feature_pieces.clear()
-        request.num_loose = request.num_held = 0
     return 0 if request.features is None else len(request.features)
 
 

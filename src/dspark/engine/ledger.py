@@ -78,6 +78,8 @@ class Ledger:
                 request.rounds.append(Round(sizes[b], len(nodes), len(path), is_cut_short))
             self._append(request, drafted, next_tokens[b])
             first_row, b = first_row + span.num_logits, b + 1
+        if out.features is not None:
+            self.drafting.end_step(out.features, requests)
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request and free all it holds."""

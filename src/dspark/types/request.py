@@ -82,8 +82,6 @@ class Request:
     features: Tensor | None = None
     features_start: int = 0
     feature_pieces: list[FeaturePiece] = field(default_factory=list, repr=False)  # newer ones, not yet joined to these
-    num_loose: int = 0  # of the pieces, the last ones that were not joined among themselves,
-    num_held: int = 0  # and how many positions the steps have that they are pieces of
     rounds: list[Round] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on, where asked for
