@@ -178,6 +178,8 @@ def test_features_of_long_prompts_of_others_are_not_held_on_to(target, monkeypat
             assert sum(held.values()) < 4 * (request.num_cached + 60) + few + 62
             copied.append(bool(before) and request.feature_pieces[0] is not before[0])
     assert 0 < sum(copied) < 12
+    for other in others:
+        engine.cancel(other)
 
 
 def test_features_that_somebody_needs_are_not_copied(target, texts, monkeypatch):
@@ -189,6 +191,8 @@ def test_features_that_somebody_needs_are_not_copied(target, texts, monkeypatch)
     for _ in range(30):
         engine.step()
     assert all(len(r.feature_pieces) == 30 for r in requests)
+    for request in requests:
+        engine.cancel(request)
 
 
 def test_some_requests_may_be_left_out(target, texts):
