@@ -171,6 +171,25 @@ def test_what_is_no_http_and_heads_without_end_are_refused(served, monkeypatch):
             time.sleep(0.3)
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_http_1_0_gets_a_body_without_chunks_that_ends_with_the_connection(either, is_streamed):
+    host, port = either.url.removeprefix("http://").split(":")
+    content = json.dumps({"prompt": "A river", "max_tokens": 8, "temperature": 0, "stream": is_streamed}).encode()
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(content)
+            + content
+        )
+        head, _, body = b"".join(iter(lambda: client.recv(2**16), b"")).partition(b"\r\n\r\n")
+    assert b" 200 " in head and b"chunked" not in head.lower()
+    if is_streamed:
+        events = body.split(b"\n\n")
+        assert all(event.startswith(b"data: {") for event in events[:-2]) and events[-2:] == [b"data: [DONE]", b""]
+    else:
+        assert json.loads(body)["usage"]["completion_tokens"] == 8
+
+
 def test_keys(target):
     with serving(Engine(target), api_keys=("one", "two")) as served:
         for headers in (

@@ -244,6 +244,7 @@ def test_the_engine_waits_for_no_server_that_is_slow_to_hear():
         for message in messages:
             end.send(*message)
         assert list(itertools.islice(received(ours), len(messages))) == messages
+        end.close()
 
 
 @pytest.mark.parametrize(("make", "error"), [(engines.refusing, DSparkError), (engines.failing, EngineLost)])

@@ -89,7 +89,8 @@ class RunningText:
     def take(self, tokens: list[int], is_last: bool) -> str:
         """What a stream shows next, given the tokens that came since it last asked."""
         if not self._stop:
-            self._add(self._detokenizer.push(tokens) + (self._detokenizer.flush() if is_last else ""))
+            piece = self._detokenizer.push(tokens)
+            return piece + self._detokenizer.flush() if is_last else piece
         piece, self._untaken = self._untaken, ""
         return piece
 

@@ -197,10 +197,11 @@ class Detokenizer:
         """Their texts one after the other, looked up."""
         texts = self._texts
         assert texts is not None
-        for token_id in token_ids:
-            if token_id not in texts:
-                texts[token_id] = self._decode([token_id])
-        return "".join([texts[token_id] for token_id in token_ids])
+        try:
+            return "".join([texts[token_id] for token_id in token_ids])
+        except KeyError:
+            texts.update({token_id: self._decode([token_id]) for token_id in token_ids})
+            return self._alone(token_ids)
 
     def _cut(self, start: int, num_held: int) -> None:
         """Drop the window's first tokens; the last `num_held` characters of its text have not been handed out."""

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dspark.engine.marks import DraftMarks
-from dspark.serve.body import Body
+from dspark.serve.body import Body, Outbox, never
 from dspark.serve.faults import ApiError
 from dspark.serve.replies import DONE, Head, TokenNames, around_text, event, speculation, usage
 from dspark.serve.run import Run, unless_gone
@@ -66,7 +66,7 @@ class Answer:
         for index, text in enumerate(self._echoed):
             write(self._event(index, {"content": text}))
         try:
-            await self.run.hand_out(lambda index, delta: write(b"".join(self._delta_events(index, delta))))
+            await self.run.hand_out(lambda index, delta: write(self._delta_events(index, delta)))
             last = event({**self.head.chunk([]), "usage": self.usage}) if options.include_usage else b""
         except ApiError as error:
             last = event(error.body)
@@ -118,7 +118,9 @@ class Answer:
             choice["dspark"] = speculation(request)
         return choice
 
-    def _delta_events(self, index: int, delta: Delta) -> list[bytes]:
+    def _delta_events(self, index: int, delta: Delta) -> bytes:
+        if delta.finish_reason is None and not delta.logprobs and self._marks is None:  # as most are
+            return b"".join([self._event(index, piece) for piece in self._voices[index].push(delta.text)])
         reason = self._reason(index, delta)
         pieces = self._pieces(index, delta)
         extra: dict[str, Any] = {}
@@ -133,7 +135,7 @@ class Answer:
         if reason is not None:
             last = {"dspark": speculation(self.run.requests[index])} if self._marks is not None else {}
             events.append(self._event(index, {}, finish_reason=reason, **last))
-        return events
+        return b"".join(events)
 
     def _event(self, index: int, piece: Piece, **fields: Any) -> bytes:
         if fields or piece.keys() != {"content"} or self._usage_everywhere:
@@ -161,21 +163,22 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, options: StreamOptions, log: dict[str, Any]) -> None:
+    def __init__(self, answer: Answer, options: StreamOptions, outbox: Outbox, log: dict[str, Any]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._answer, self._options, self._log = answer, options, log
+        self._answer, self._options, self._outbox, self._log = answer, options, outbox, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(send, scope["state"]["send_on"]))
+            state = scope["state"]
+            body = Body(state["send_on"], self._outbox, state.get("at_once", never))
+            await unless_gone(receive, self._send_all(send, body))
         finally:
             self._answer.run.close()
             self._log.update(self._answer.log_fields)
 
-    async def _send_all(self, send: Send, send_on: Send) -> None:
+    async def _send_all(self, send: Send, body: Body) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = Body(send_on)
         try:
             await self._answer.stream(self._options, body.write)
             await body.end()

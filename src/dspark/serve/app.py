@@ -32,6 +32,7 @@ from dspark.serve.asked import (
     voice_of,
 )
 from dspark.serve.backend import Backend
+from dspark.serve.body import Outbox
 from dspark.serve.faults import ApiError, add_handlers, as_api_error
 from dspark.serve.gate import Gate
 from dspark.serve.grammar import Grammars
@@ -99,6 +100,7 @@ class Desk:
         self.backend, self.settings = backend, settings
         self.tokenizer = copy.deepcopy(backend.intake.tokenizer)
         self.names = TokenNames(self.tokenizer)
+        self.outbox = Outbox()
         self._thread = ThreadPoolExecutor(1, "dspark-text")
         self._latest: Future[Any] = Future()
         self._latest.set_result(None)
@@ -178,7 +180,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
             log["body"] = body.model_dump(exclude_defaults=True)
         answer = await desk.answer(body, len(await http.body()))
         if body.stream:
-            return EventStream(answer, body.stream_options or StreamOptions(), log)
+            return EventStream(answer, body.stream_options or StreamOptions(), desk.outbox, log)
         whole = await whole_response(answer, http.receive, log)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 

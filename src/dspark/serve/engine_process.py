@@ -177,16 +177,17 @@ class EngineProcess:
         """What a step brought: of each request its number, facts with its last delta, and a delta's fields."""
         from dspark.types import Delta
 
-        for number, facts, text, tokens, is_drafted, reason, *others in parts:
+        for number, facts, text, tokens, is_drafted, reason, logprobs, fault in parts:
             request, sink, arrival = self._running[number]
             if request.text is not None:
                 text = _text_of(request, tokens, is_last=reason is not None)
-            delta = ended("error") if text is None else Delta(text, tokens, is_drafted, reason, *others)
+            delta = ended("error") if text is None else Delta(text, tokens, is_drafted, reason, logprobs, fault)
             request.tokens += delta.token_ids
             request.is_drafted += delta.is_drafted
-            request.logprobs += delta.logprobs
-            request.finish_reason = delta.finish_reason
+            if delta.logprobs:
+                request.logprobs += delta.logprobs
             if delta.finish_reason is not None:
+                request.finish_reason = delta.finish_reason
                 vars(request).update(facts or {})
                 del self._running[number]
                 self._admission.end(arrival, time.monotonic())

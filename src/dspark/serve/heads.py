@@ -5,13 +5,43 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from dspark.serve.faults import ApiError
 
 MOST_BYTES = 2**16  # and what one read brings besides
 SECONDS = 30.0
+
+
+def write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """A piece of a body as `cycle.send` would write it, for a fraction of what that takes; False: not now, or not as a chunk."""
+    if not cycle.chunked_encoding or cycle.flow.write_paused:
+        return False
+    if not cycle.disconnected:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
+
+
+def unframed(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """Its `send` for HTTP/1.0, which knows no chunks: a body whose length is not said ends with the connection."""
+    framed, has_length = cycle.send, True
+
+    async def send(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                cycle.chunked_encoding, cycle.expected_content_length = False, sys.maxsize
+        elif not (has_length or message.get("more_body")):
+            cycle.expected_content_length = len(message["body"])
+        await framed(message)
+
+    return send
 
 
 class BoundedHeads(HttpToolsProtocol):
@@ -35,6 +65,9 @@ class BoundedHeads(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         super().on_headers_complete()
+        self.scope["state"]["at_once"] = partial(write_chunk, self.cycle)
+        if self.scope["http_version"] == "1.0":
+            self.cycle.send = unframed(self.cycle)  # type: ignore[assignment]  # only the shapes of messages
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -53,12 +53,11 @@ class Run:
             return
         if self._ended.done():
             return
-        self.first_delta = self.first_delta or time.monotonic()
+        if self.first_delta is None:
+            self.first_delta = time.monotonic()
         try:
-            if delta.finish_reason == "error":
-                raise ApiError(500, "the engine failed on this request; the server's log says why", code="engine_error")
-            if delta.finish_reason == "cancelled":
-                raise ApiError(503, "the server is shutting down and cancelled this request", code="shutting_down")
+            if delta.finish_reason is not None:
+                _raise_if_lost(delta.finish_reason)
             self._take(index, delta)
         except Exception as error:  # noqa: BLE001  # of this request alone: `hand_out` raises it, and others go on
             self._ended.set_exception(error)
@@ -78,6 +77,13 @@ class Run:
         if self._open:
             for request in self.requests:
                 self._backend.cancel(request)
+
+
+def _raise_if_lost(finish_reason: str) -> None:
+    if finish_reason == "error":
+        raise ApiError(500, "the engine failed on this request; the server's log says why", code="engine_error")
+    if finish_reason == "cancelled":
+        raise ApiError(503, "the server is shutting down and cancelled this request", code="shutting_down")
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
