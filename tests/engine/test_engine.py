@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from dspark.budget.prefix_scheduler import FixedLength
 from dspark.drafters.draft_model import DraftModelDrafter, SelfDrafter
 from dspark.drafters.loading import load_drafter
 from dspark.drafters.ngram import NGramDrafter
@@ -313,6 +314,67 @@ def test_names_are_not_objects(target):
         load_drafter("ngram", "tiny")
     with pytest.raises(InvalidConfiguration, match="'none' for plain decoding"):
         load_drafter(None, target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"length": None}, "must be an integer, 0 or more; got None"),
+        ({"length": -1}, "must be an integer, 0 or more; got -1"),
+        ({"feature_layers": (3,)}, r"0 to 2 \(-1: its embeddings\), or \(\) for none; got \(3,\)"),
+        ({"feature_layers": None}, "feature_layers of Odd must be layers"),
+        ({"feature_layers": "1"}, "feature_layers of Odd must be layers"),
+        ({"feature_layers": (1.0,)}, "feature_layers of Odd must be layers"),
+    ],
+)
+def test_what_is_wrong_with_a_drafter_is_said_before_a_step(target, changes, why):
+    with pytest.raises(InvalidConfiguration, match=why):
+        Engine(target, odd(**changes))
+
+
+def test_what_is_no_drafter_or_scheduler_is_refused(target):
+    with pytest.raises(InvalidConfiguration, match=r"not its class: Engine\(target, NGramDrafter\(...\)\)"):
+        Engine(target, NGramDrafter)
+    with pytest.raises(InvalidConfiguration, match="is no drafter: it has no propose, release, length, feature_layers"):
+        Engine(target, lambda target: NGramDrafter())
+    for scheduler in (7, FixedLength, object()):
+        with pytest.raises(InvalidConfiguration, match="a scheduler is a name or an object with"):
+            Engine(target, NGramDrafter(), scheduler)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], np.array([0, 1])], ids=repr)
+def test_layers_may_be_listed_in_any_way(target, layers):
+    seen = []
+    drafter = odd(feature_layers=layers, propose=lambda self, requests, rule: seen.append(requests[0].features))
+    Engine(target, drafter, "fixed:2").generate([[3, 1, 4]], SamplingParams(temperature=0, max_tokens=3))
+    assert torch.allclose(seen[0], reference_features(target, [3, 1, 4], (0, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keep", "what"),
+    [
+        (None, "NoneType"),
+        ([[True, True]], "list"),
+        (torch.ones(1, 1, dtype=torch.bool), r"torch.bool \[1, 1\]"),
+        (torch.ones(1, 2, dtype=torch.long), r"torch.int64 \[1, 2\]"),
+    ],
+)
+def test_what_is_no_choice_of_draft_tokens_is_said(target, keep, what):
+    class Odd(FixedLength):
+        def choose(self, draft, survival, load):
+            return keep
+
+    drafter = odd(propose=lambda self, requests, rule: Draft(torch.tensor([[1, 2]]), torch.tensor([2])))
+    engine = Engine(target, drafter, Odd(2))
+    with pytest.raises(InvalidConfiguration, match=r"Odd.choose must give .*torch.bool \[1, 2\]; it gave " + what):
+        engine.generate([[3, 1, 4]], SamplingParams(temperature=0, max_tokens=9))
+    assert not engine.has_work and target.num_free_slots == target.cache.limit
+
+
+def odd(**changes):
+    """A drafter that is like none of ours in something."""
+    given = {"length": 2, "feature_layers": (), "propose": lambda self, requests, rule: Draft.empty(len(requests))}
+    return type("Odd", (), given | {"release": lambda self, request_id: None} | changes)()
 
 
 def test_layers_of_another_target_draft_nothing(target, tmp_path, caplog):

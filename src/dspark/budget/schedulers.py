@@ -27,6 +27,14 @@ def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipat
     auto: the best that the acceptance rule stays lossless under, `optimal` or `lagged`
     """
     scheduler = _named(name, cost, allows_anticipation) if isinstance(name, str) else name
+    if (
+        isinstance(scheduler, type)
+        or not callable(getattr(scheduler, "choose", None))
+        or not hasattr(scheduler, "anticipates")
+    ):
+        raise InvalidConfiguration(
+            f"a scheduler is a name or an object with `anticipates` and choose(draft, survival, load); got {scheduler!r:.80}"
+        )
     if scheduler.anticipates and not allows_anticipation:
         raise InvalidConfiguration(
             f"{type(scheduler).__name__} looks at draft tokens to decide how many to verify, which biases the "

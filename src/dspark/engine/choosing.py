@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.prefix_scheduler import falling_survival
+from dspark.errors import InvalidConfiguration
 from dspark.types import Beliefs, Draft, PrefixScheduler, Request, StepRecord
 
 
@@ -38,6 +39,8 @@ class Choosing:
             load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
             record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
             keep = self.scheduler.choose(draft, record.survival, load)
+            if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != draft.tokens.shape:
+                raise InvalidConfiguration(_no_choice(self.scheduler, keep, draft))
             if min(room, default=0) < draft.tokens.shape[1]:
                 keep = keep & (draft.depth <= torch.tensor(room)[:, None])
             if self._explores:
@@ -52,3 +55,10 @@ class Choosing:
                 record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
             )
         return keep
+
+
+def _no_choice(scheduler: PrefixScheduler, keep: object, draft: Draft) -> str:
+    is_tensor = isinstance(keep, torch.Tensor)
+    got = f"{keep.dtype} {list(keep.shape)}" if is_tensor else type(keep).__name__  # type: ignore[attr-defined]
+    expected = f"which draft tokens the target reads, torch.bool {list(draft.tokens.shape)}"
+    return f"{type(scheduler).__name__}.choose must give {expected}; it gave {got}"

@@ -16,6 +16,7 @@ from dspark.drafters.none import NoDrafter
 from dspark.engine.batcher import Batcher
 from dspark.engine.choosing import Choosing, heeds_beliefs
 from dspark.engine.drafting import Drafting
+from dspark.engine.given import features_for, refuse_names
 from dspark.engine.intake import Intake
 from dspark.engine.ledger import Ledger
 from dspark.engine.loop import plain_step
@@ -88,8 +89,9 @@ class Engine:
         capacity: Capacity | None = None,
         guard: Guard | None = None,
     ) -> None:
-        _refuse_names(target, drafter)
+        refuse_names(target, drafter)
         self.target, self.drafter = target, NoDrafter() if drafter is None else drafter
+        self.feature_layers = features_for(self.drafter, target.num_layers)
         self.rule = make_rule(rule, KeyedDraws(target.vocab_size, target.device))
         about = fingerprint(target, self.drafter, compile, overlap)
         self.capacity = Capacity.load_or_new(usual_path(about), about) if capacity is None else capacity
@@ -120,7 +122,7 @@ class Engine:
         self._abandoned: deque[Request] = deque()
         self._step = Overlapped(self.drafter, self.rule, chosen_by, self.guard).step if overlap else plain_step
         if compile:
-            target.compile(self.drafter.feature_layers)
+            target.compile(self.feature_layers)
             if hasattr(self.drafter, "compile"):  # a user's own drafter need not have it
                 self.drafter.compile()
                 self._warm_up()
@@ -293,7 +295,7 @@ class Engine:
             self.scoring.set_aside()  # else they might wait for each other
             return []
         scored = []
-        for request in self.scoring.step(batcher.need(), self.drafter.feature_layers):
+        for request in self.scoring.step(batcher.need(), self.feature_layers):
             if request.params.max_tokens:
                 batcher.waiting.append(request)
                 scored.append(request)
@@ -316,12 +318,3 @@ def _longest(target: Target, lookahead: int, wanted: int | None) -> int:
     if longest < 2:
         raise InvalidConfiguration(f"{target.cache.limit} slots hold no request: use at least {lookahead + 2}")
     return longest if wanted is None else min(longest, wanted)
-
-
-def _refuse_names(target: object, drafter: object) -> None:
-    if isinstance(target, str):
-        raise InvalidConfiguration(f"Engine takes a target and not its name: Engine(load_target({target!r}), ...)")
-    if isinstance(drafter, str):
-        raise InvalidConfiguration(
-            f"Engine takes a drafter and not its name: Engine(target, load_drafter({drafter!r}, target))"
-        )

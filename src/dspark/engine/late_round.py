@@ -38,7 +38,7 @@ def late_round(engine: Engine, requests: list[Request]) -> StepRecord:
     most = min(engine.choosing.scheduler.length, draft.tokens.shape[1])  # type: ignore[attr-defined]  # who comes here has asked
     sizes = [1 + min(most, tokens) for tokens in room]
     spans = [Span(r.id, r.num_cached, UNREAD * size, num_logits=size) for r, size in zip(requests, sizes, strict=True)]
-    out = engine.target.extend(spans, engine.drafter.feature_layers, _token_ids(requests, drafted, sizes))
+    out = engine.target.extend(spans, engine.feature_layers, _token_ids(requests, drafted, sizes))
     lap("target")
     owners = [r for r, size in zip(requests, sizes, strict=True) for _ in range(size)]
     drawn, _ = engine.rule.draft(out.logits, owners, [UNREAD * depth for size in sizes for depth in range(size)])

@@ -35,7 +35,7 @@ def plain_step(engine: Engine) -> StepRecord:
     spans = verify_spans(decoding, draft, keep) + [span for _, span in prompts]
     lap("schedule")
     if spans:
-        out = engine.target.extend(spans, engine.drafter.feature_layers)
+        out = engine.target.extend(spans, engine.feature_layers)
         lap("target")
         judged = decoding + [r for r, span in prompts if span.num_logits]
         if len(judged) > len(decoding):
