@@ -233,6 +233,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Capture, argv: tuple[str,
         ("compare", "none", "dspark", "--temperature", "nan"),
         ("verify-lossless", "--drafter", "oracle"),
         ("verify-lossless", "--temperature", "0", "-1"),
+        ("compare", "none", "dspark", "--prompts", "1"),
+        ("generate", PROMPT, "--deterministic", "--compile"),
+        ("serve", "--deterministic", "--compile"),
+        ("verify-lossless", "--deterministic", "--compile"),
+        ("doctor", "tiny", "tiny"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(

@@ -49,14 +49,20 @@ def dialect(config: Config) -> str | None:
     return "AngelSpec" if architecture == "DSparkDraftModel" else None
 
 
-def canonical(config: Config, name: str) -> dict[str, Any]:
-    """The same drafter as DeepSpec would have written it. name is for messages."""
+def require_dialect(config: Config, name: str) -> str:
+    """Who wrote it; CheckpointError for what is no trained drafter."""
     written_by = dialect(config)
     if written_by is None:
         raise CheckpointError(
             f"{name} is no drafter that was trained as one: expected the architecture {', '.join(MODELS)} in its config.json; "
             f"got {config.get('architectures')}"
         )
+    return written_by
+
+
+def canonical(config: Config, name: str) -> dict[str, Any]:
+    """The same drafter as DeepSpec would have written it. name is for messages."""
+    written_by = require_dialect(config, name)
     if written_by not in _ADAPTERS:
         raise CheckpointError(f"{name} is a drafter in the {written_by} layout, which {_REFUSED[written_by]}")
     adapted = _ADAPTERS[written_by](config, name)

@@ -43,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dspark.checkpoints import open_checkpoint
+    from dspark.checkpoints.dialects import require_dialect
     from dspark.checkpoints.doctor import examine
     from dspark.cli.info import checkpoint_path
 
     prompts = _read_prompts(args.prompts)
     checkpoint = open_checkpoint(checkpoint_path(args.drafter))
+    require_dialect(checkpoint.config, checkpoint.name)  # before a target is waited for
     with progress(f"loading {args.target}", args.no_color):
         from dspark import load_target
 

@@ -80,6 +80,8 @@ def open_target(args: argparse.Namespace, dtype: str | None = None, deterministi
     """The target of these options; `dtype` in place of theirs."""
     from dspark import load_target
 
+    if deterministic and getattr(args, "compile", False):
+        raise InvalidRequest("--deterministic runs uncompiled: leave out one of --deterministic and --compile")
     quiet_weights(args.target)
     of_hub: dict[str, Any] = {"revision": args.revision} if getattr(args, "revision", None) else {}
     if getattr(args, "trust_remote_code", False):
