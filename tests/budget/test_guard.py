@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -312,23 +312,33 @@ def test_memory_is_bounded(monkeypatch):
 
 
 def one_after_the_other(
-    texts: list[tuple[float, Hashable]], machine: Machine, seed: int, is_guarded: bool = True, finds: float = 1.0
+    texts: list[tuple[float, Hashable]],
+    machine: Machine,
+    seed: int,
+    is_guarded: bool = True,
+    finds: float = 1.0,
+    prompts: Sequence[int] = (100,),
 ) -> float:
     """Tokens per plain step's seconds. Each text is a request of 100 tokens with an acceptance and a kind of its own.
 
-    finds  share of the drafts that have anything in them
+    finds    share of the drafts that have anything in them
+    prompts  tokens of prompts that texts come behind, in turn
     """
     guard, scheduler, random = Guard(machine), Optimal(machine), np.random.default_rng(seed)
     tokens = seconds = 0.0
     for request_id, (acceptance, kind) in enumerate(texts):
-        end = tokens + 100
+        end, unread = tokens + 100, prompts[request_id % len(prompts)]
+        load = Load(1, 1, unread)
+        guard.observe(
+            StepRecord(load=Load(unread, 1, 0, 0.0, unread), num_prompt_tokens=unread, seconds={"target": 1.0})
+        )
         while tokens < end:
-            load = Load(1, 1, 100)
             asked = guard.choose([request_id], load, [kind]) if is_guarded else [0]
             drafting = machine.draft_seconds(len(asked), 100)
             record = StepRecord([request_id], [0], [0], [0], load=replace(load, draft_seconds=drafting), num_tokens=1)
             if asked:
-                record.num_asked = 1
+                record.num_asked, record.num_unread = 1, unread
+                drafting, unread = drafting + machine.per_unread * unread, 0
             if asked and random.random() < finds:
                 draft = Draft(torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]))
                 survival = torch.full((1, 7), acceptance).cumprod(1)
@@ -354,6 +364,19 @@ def test_one_hard_text_does_not_condemn_those_after_it():
         always.append(one_after_the_other(texts, machine, seed, is_guarded=False))
     assert np.mean(always) > 1.02
     assert np.mean(speeds) > 1.03 * np.mean(always)
+
+
+def test_a_text_behind_a_long_prompt_is_not_drafted_for_and_those_behind_short_ones_are():
+    """The drafter would have to read the long one first; what prompts take on average says too little of it, and too much
+    of the others.
+    """
+    machine, prompts = Machine(per_token=0.1, per_draft=0.4), (20, 20, 20, 8000)
+    machine.per_unread, texts, speeds = 0.02, [(0.75, None)] * 40, []
+    for choices in (prompts, (20, 20, 20, 20)):
+        speeds.append(np.mean([one_after_the_other(texts, machine, seed, prompts=choices) for seed in range(2)]))
+    assert speeds[1] > 1.1
+    # A quarter of them are written plainly.
+    assert speeds[0] > 0.9 * 4 / (3 / speeds[1] + 1)
 
 
 def test_what_is_known_of_one_kind_of_request_is_not_said_of_another():

@@ -140,7 +140,12 @@ class Guard:
             self.reason = "measuring a plain step"
             return []
         num_known = sum(i in self.fares for i in request_ids)
-        mix = _about(load.num_requests), frozenset(self._kinds.values()), num_known and 1 + _about(num_known)
+        mix = (
+            _about(load.num_requests),
+            frozenset(self._kinds.values()),
+            num_known and 1 + _about(num_known),
+            2 * num_known < len(everyone) and _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
+        )
         if self._is_due(request_ids, load.num_requests, mix):
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
@@ -241,11 +246,12 @@ class Guard:
         num_decoding = len(request_ids)
         costs = seconds_of_step(self.capacity, load, samples[0].size)
         plain = num_decoding / float(costs[0])
+        reading = self._seconds_of_reading(request_ids, load)
         best, best_rate = 0, 0.0
         size = num_decoding
         while size:
             tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load, costs)
-            seconds += tokens * self.reading_up.seconds_per_token * size / num_decoding
+            seconds += tokens * float(reading[promising[:size]].sum()) / num_decoding
             if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
                 best, best_rate, self._length = size, tokens / seconds, seconds * plain / num_decoding
             if self.capacity.draft_seconds(size, load.context_tokens) < _CHEAP * seconds:
@@ -270,6 +276,14 @@ class Guard:
             self._probes_all = whole < 2 * some
             allowed = self.settings.probe_share * num_decoding / plain  # seconds to lose in each step
             self._probe_spacing = 2 * min(whole, 2 * some) / allowed
+
+    def _seconds_of_reading(self, request_ids: Sequence[int], load: Load) -> Floats:
+        """[B]  of the drafter for each token committed: what lies before a request that was not drafted for yet, and for the
+        others, which have been read, the prompts that are to come.
+        """
+        to_come, tokens = self.reading_up.seconds_per_token, self.reading_up.tokens_per_prompt
+        ahead = self.reading_up.seconds(load.context_tokens / load.num_requests) / tokens
+        return np.array([to_come if i in self.fares else ahead for i in request_ids])
 
     def _loss(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> float:
         """Seconds lost by drafting for these requests [n, b, K] only to learn."""
@@ -324,7 +338,7 @@ def _without_prompts(load: Load) -> Load:
     return replace(load, base_tokens=num_decoding, num_requests=num_decoding, num_prompt_tokens=0)
 
 
-def _about(num_requests: int) -> int:
+def _about(num_requests: float) -> int:
     return round(2 * math.log2(num_requests))
 
 

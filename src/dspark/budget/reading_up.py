@@ -64,6 +64,11 @@ class ReadingUp:
         """Of the drafter, for the prompts that come with each committed token, where it drafts for all."""
         return self.seconds(self._prompt_tokens / self._committed, self._prompts / self._committed)
 
+    @property
+    def tokens_per_prompt(self) -> float:
+        """Committed tokens that come with each prompt."""
+        return self._committed / max(1.0, self._prompts)
+
 
 def _line_through(readings: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Medians of slopes and of what they leave (Theil 1950, Sen 1968); neither below 0."""
