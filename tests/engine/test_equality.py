@@ -166,6 +166,27 @@ def test_a_draft_model_equal_to_the_target_is_always_accepted(target, small, pro
             assert [r.accepted for r in g.rounds[:-1]] == [4] * (len(g.rounds) - 1)
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_draft_model_without_room_for_all_drafts_for_those_that_fit(target, tmp_path, tree):
+    """What the target's requests share, a draft model has to hold for each. When some have ended, the others' turn comes."""
+    twin = random_target(tmp_path, seed=0)
+    twin.resize(170)
+    shared, records = list(range(48)), []
+    drafter = DraftModelDrafter(twin, length=3, num_scratch=6 if tree else None)
+    drafter = TreeDrafter(drafter, size=8, width=3) if tree else drafter
+    engine = Engine(target, drafter, "fixed:8", num_slots=400, prefix_tokens=400, observers=[records.append])
+    sizes = [10, 14, 18, 40, 60]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in sizes]
+    generations = engine.generate([[*shared, i] for i in range(5)], params)
+    for i, generation in enumerate(generations):
+        assert generation.token_ids == Engine(target).generate([[*shared, i]], params[i])[0].token_ids
+    assert sum(r.num_faults for r in records) == 0
+    drafted = [[r.drafted > 0 for r in g.rounds] for g in generations]
+    assert all(drafted[0][:-1]) and not drafted[4][0] and drafted[4][-2]
+    assert twin.num_free_slots == 170
+    target.resize(65536)
+
+
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("view", [None, View(2, 49), View(0, 51)])

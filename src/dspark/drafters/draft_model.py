@@ -33,15 +33,18 @@ class Nodes:
 class DraftModelDrafter:
     """Any causal LM with the target's vocabulary, over a slot cache of its own.
 
-    length  draft tokens per step, each of them one pass; requests near the end of what the model can read get none
+    length       draft tokens per step, each of them one pass; requests near the end of what the model can read get none,
+                 nor do those that its cache has no room for until others have ended
+    num_scratch  draft tokens of a request that are read in one step; None: what a chain needs
     """
 
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(self, model: Target, length: int = 4) -> None:
+    def __init__(self, model: Target, length: int = 4, num_scratch: int | None = None) -> None:
         if length < 1:
             raise InvalidConfiguration(f"length must be 1 or more; got {length}")
         self.model, self.length = model, length
+        self._num_scratch = length - 1 if num_scratch is None else num_scratch
 
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
         able = self.able(requests)
@@ -50,8 +53,17 @@ class DraftModelDrafter:
         return draft.among(able, len(requests))
 
     def able(self, requests: Sequence[Request]) -> list[int]:
-        """Places of the requests whose whole draft has positions that the model knows."""
-        return _within_context(self.model, requests, self.length)
+        """Places of the requests whose whole draft has positions that the model knows, as many as its cache has room for.
+
+        What the target's requests share by a prefix cache, this one holds for each.
+        """
+        places, num_free = [], self.model.num_free_slots
+        for b in _within_context(self.model, requests, self.length):
+            need = len(requests[b].tokens) - self.model.cache.length(requests[b].id) + self._num_scratch
+            if need <= num_free:
+                places.append(b)
+                num_free -= need
+        return places
 
     def begin(self, requests: Sequence[Request]) -> tuple[Nodes, Tensor]:
         """Read what was committed since the last call; logits [B, V] of each request's first draft token."""

@@ -196,7 +196,7 @@ def _draft_model(
         )
     if model.vocab_size != target.vocab_size:
         model = _padded(model, target.vocab_size)
-    drafter = DraftModelDrafter(model, length)
+    drafter = DraftModelDrafter(model, length, None if tree is None else width * (length - 1))
     return drafter if tree is None else TreeDrafter(drafter, tree, width)
 
 
