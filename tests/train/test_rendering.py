@@ -113,8 +113,8 @@ def test_records_that_teach_nothing_say_why() -> None:
         assert isinstance(text, Unusable)
         return text.reason
 
-    assert reason(TURNS[0]) == "no assistant turn"
-    assert reason(TURNS[0], {"role": "assistant", "content": "  "}) == "no assistant turn"
+    unanswered = "no assistant turn; `dspark data regenerate` has the target answer"
+    assert reason(TURNS[0]) == reason(TURNS[0], {"role": "assistant", "content": "  "}) == unanswered
     own = renderer("{% for m in messages %}{{ m['role'] }} spoke. {% endfor %}")
     assert "leaves every answer out" in reason(*TURNS)
     own = renderer("{{ raise_exception('roles must alternate') }}")

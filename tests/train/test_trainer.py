@@ -264,6 +264,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert again.resume() and again.progress["step"] == 3
 
 
+def test_it_says_when_more_is_held_out_than_learned_from(
+    target_folder: Path, texts: Path, recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for num_validation in (10, 11):
+        name = write_recipe(tmp_path / f"{num_validation}.toml", train=TRAIN.replace("= 3", f"= {num_validation}"))
+        make_trainer(target_folder, texts, tmp_path / str(num_validation), [name])
+    said = [r.getMessage() for r in caplog.records if "held out" in r.getMessage()]
+    assert len(said) == 1 and "11 of 20 texts are held out" in said[0] and "--num-validation 4 leaves more" in said[0]
+
+
 def test_what_does_not_go_together_is_refused(target_folder: Path, texts: Path, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidConfiguration, match="num_validation between 1 and 19"):
         make_trainer(

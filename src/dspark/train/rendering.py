@@ -58,7 +58,7 @@ class Renderer:
             return self._plain(record.text)
         messages = self.with_system(record.messages)
         if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            return Unusable("no assistant turn")
+            return Unusable("no assistant turn; `dspark data regenerate` has the target answer")
         self._require_template()
         try:
             return self._by_markers(messages) if self.has_markers else self._by_offsets(messages)

@@ -7,6 +7,7 @@ seed and the step alone, and everything else is in one file that is replaced in 
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import time
@@ -32,6 +33,8 @@ from dspark.train.run_log import Curves, ProgressBar, for_people, time_left
 from dspark.train.student import Student, numbers
 from dspark.train.texts import Text, batches, pad, split_validation
 from dspark.train.traces import TargetStates
+
+_log = logging.getLogger(__name__)
 
 STATE = "training_state.pt"
 _UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # what a full disk makes the libraries raise
@@ -79,6 +82,15 @@ class Trainer:
                 f"expected num_validation between 1 and {len(texts) - 1}, as there are {len(texts)} texts; got "
                 f"{self.settings.num_validation}: hold out fewer with --num-validation (or in the recipe's [train]), or make "
                 "more texts with dspark data"
+            )
+        num_left = len(texts) - self.settings.num_validation
+        if num_left < self.settings.num_validation and self.is_first:
+            _log.warning(
+                "%s of %s texts are held out, and there is less to learn from than to judge by: "
+                "--num-validation %s leaves more, and more texts with dspark data are better",
+                self.settings.num_validation,
+                len(texts),
+                max(1, len(texts) // 5),
             )
         return split_validation(texts, self.settings.num_validation, self.settings.seed)
 
