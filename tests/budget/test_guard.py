@@ -292,6 +292,28 @@ def test_it_goes_by_what_steps_take_not_by_what_they_are_said_to_take(believed_f
     assert drafted > 150 if pays else drafted < 50
 
 
+def test_a_few_slow_plain_steps_do_not_make_drafts_look_cheap_for_long():
+    """Whoever finds that drafts pay seldom looks again, so the first look must not go by two disturbed steps."""
+
+    class Known(Machine):
+        def observe(self, record):
+            pass
+
+    class Disturbed(Machine):
+        num_plain = 0
+
+        def seconds(self, tokens, requests, context_tokens, is_reading=False):
+            self.num_plain += np.ndim(tokens) == 0 and tokens == requests
+            return super().seconds(tokens, requests, context_tokens) * (3 if 0 < self.num_plain <= 4 else 1)
+
+    costs, num_drafted = {"per_token": 0.12, "per_draft": 1.2, "base": 1.0}, 0
+    for seed in range(3):
+        traffic = Traffic(Disturbed(**costs), [0.6], seed=seed, capacity=Known(**costs))
+        traffic.run(400)
+        num_drafted += sum(map(bool, traffic.drafted))
+    assert num_drafted < 250
+
+
 @pytest.mark.parametrize("leap", [7200.0, 1e-9])
 def test_a_clock_that_leaps_is_not_believed(leap):
     """Even while little is known: what a step was said to take must not decide for long."""

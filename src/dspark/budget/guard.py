@@ -59,7 +59,8 @@ _AT_ENDS = 12
 _MOST_MIXES = 64
 _FOREVER = 1 << 30  # steps
 _NOBODY: frozenset[int] = frozenset()
-_FEW = 3  # pairs of a plain and a drafted step before the comparison is believed
+_ENOUGH = 8  # pairs of a plain and a drafted step before the comparison is believed: of few, most may be disturbed
+_FEW, _BEYOND_DOUBT = 3, 2.0  # which does not matter where drafts give so many times as many tokens per second
 _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
@@ -214,7 +215,8 @@ class Guard:
             return False
         if self._now == self._measured + 1:
             return True
-        if self.side_by_side.num_pairs(load.num_requests, self._num_chosen) < _FEW:
+        enough = _FEW if self._advantage > _BEYOND_DOUBT else _ENOUGH
+        if self.side_by_side.num_pairs(load.num_requests, self._num_chosen) < enough:
             spacing: float = _SOON
         else:
             lost = 2 * (self._advantage - 1) / self._length  # of a drafted step's seconds, by two plain ones
