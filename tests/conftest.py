@@ -1,7 +1,9 @@
 """One thread: the models are tiny, and results and timing do not depend on what else the machine does."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +12,12 @@ if not torch.cuda.is_available():  # asked by Triton as it is first imported, wh
 torch.set_num_threads(1)
 settings.register_profile("dspark", deadline=None)  # a busy machine is no failure
 settings.load_profile("dspark")
+
+
+@pytest.fixture(autouse=True)
+def own_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test compiles for itself: what it keeps is its own."""
+    from dspark.target import kept_graphs
+
+    monkeypatch.setattr(kept_graphs, "folder", lambda: tmp_path / "graphs")
+    return tmp_path / "graphs"

@@ -86,16 +86,20 @@ def test_a_graph_joins_layers_of_one_input_and_no_others():
 
 def test_weights_go_with_who_needs_them():
     layer, other = PackedLinear.of(linear(8, 16)), PackedLinear.of(linear(8, 16))
-    number, joined = layer.number, Product.joined([layer.number, other.number])
+    number, joined_numbers = layer.number, [layer.number, other.number]
+    joined = Product.joined(joined_numbers)
     x = torch.randn(1, 16).bfloat16()
     before = torch.ops.dspark.small_linear(x, joined.number, 16)
     clone = copy.copy(layer)
     del layer
     assert torch.equal(clone(x), before[:, :8])
-    del clone
+    del clone, other
+    assert Product.joined(joined_numbers) is joined and torch.equal(
+        torch.ops.dspark.small_linear(x, joined.number, 16), before
+    )
+    del joined
     with pytest.raises(RuntimeError, match=f"no packed linear layer has the number {number}"):
         torch.ops.dspark.small_linear(x, number, 8)
-    assert torch.equal(torch.ops.dspark.small_linear(x, joined.number, 16), before)
 
 
 def test_a_model_shares_all_but_what_is_packed():

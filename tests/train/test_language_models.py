@@ -39,6 +39,25 @@ def test_a_target_from_a_folder_of_text(data: Path, tmp_path: Path, capsys: pyte
     assert load_target(tmp_path, dtype="float32", device="cpu").vocab_size == 300
 
 
+def test_a_deeper_target_begins_as_the_one_it_grows_from(target_folder: Path, data: Path, tmp_path: Path) -> None:
+    short = dict(steps=0, row_length=16, num_validation=2, start_from=str(target_folder))
+    losses = train_target(data, tmp_path, TargetSettings((MATH,), **{**SHAPE, "num_hidden_layers": 7}, **short))
+    assert losses["math"] > 0
+    shallow, deep = (AutoModelForCausalLM.from_pretrained(path) for path in (target_folder, tmp_path))
+    assert len(deep.model.layers) == 7 > len(shallow.model.layers)
+    ids = torch.randint(4, 300, (2, 20))
+    torch.testing.assert_close(deep(ids).logits, shallow(ids).logits, atol=0.05, rtol=0.01)  # weights are bf16
+    assert (tmp_path / "tokenizer.json").read_text() == (target_folder / "tokenizer.json").read_text()
+
+
+def test_a_target_cannot_grow_into_another_width(target_folder: Path, data: Path, tmp_path: Path) -> None:
+    short = dict(steps=0, row_length=16, start_from=str(target_folder))
+    with pytest.raises(InvalidConfiguration, match="cannot grow into 3 layers"):
+        train_target(data, tmp_path, TargetSettings((MATH,), **{**SHAPE, "num_hidden_layers": 3}, **short))
+    with pytest.raises(InvalidConfiguration, match="'hidden_size': 64"):
+        train_target(data, tmp_path, TargetSettings((MATH,), **{**SHAPE, "hidden_size": 64}, **short))
+
+
 def test_rows_begin_where_documents_do_and_each_is_used_once() -> None:
     documents = [[i] * 10 for i in range(30)] + [list(range(100, 150))]
     rows = list(packed(documents, 16, random.Random(0)))

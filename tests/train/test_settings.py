@@ -19,6 +19,7 @@ from dspark.train.target_lm import TargetSettings
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 TABLES = {
     "target.toml": {"target": TargetSettings},
+    "target-2.toml": {"target": TargetSettings},
     "text.toml": {"regenerate": RegenerateSettings},
     "dspark.toml": {"train": TrainSettings, "loss": LossWeights},
     "dspark-2.toml": {"train": TrainSettings, "loss": LossWeights},

@@ -174,7 +174,9 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def loading(args: argparse.Namespace) -> str:
     """What `make_engine` is busy with."""
-    return f"loading {args.target}" + (" and compiling, which can take two minutes" if args.compile else "")
+    return f"loading {args.target}" + (
+        " and compiling, which can take two minutes the first time" if args.compile else ""
+    )
 
 
 def make_engine(args: argparse.Namespace, prefix_tokens: int = 0) -> Engine:

@@ -26,6 +26,7 @@ from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
 from dspark.sampling import extended
 from dspark.target.captured import GraphRecorder, Outputs, Recorder
+from dspark.target.kept_graphs import kept_graphs
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
 from dspark.transfer import columns_on_device, on_device
@@ -95,7 +96,10 @@ class BlockDrafter:
         self._head = self.model.head.for_drawing()
         self.model = cast(BlockModel, with_packed_linears(self.model))
         self.lm_head = with_packed_linears(self.lm_head)
-        self._graph = CompiledDraft(self._run, self.device)
+        parts = {"model": self.model, "head": self._head, "embedding": self.embed_tokens, "logits": self.lm_head}
+        self._graph = CompiledDraft(
+            self._run, self.device, kept_graphs(parts, self.model.config, self.length, self.block_size)
+        )
         self._finds_rows = kernel_for(self.model.fc.weight, self.block_size) is not None
         if self.device.type == "cuda" and self._finds_rows:
             self.capture(GraphRecorder(self.device))

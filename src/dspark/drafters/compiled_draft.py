@@ -12,6 +12,7 @@ from dspark.drafters.block_step import Step
 from dspark.target.captured import Outputs
 from dspark.target.compiled import frozen_weights
 from dspark.target.direct import Direct
+from dspark.target.kept_graphs import KeptGraphs
 
 _log = logging.getLogger(__name__)
 
@@ -19,10 +20,13 @@ _log = logging.getLogger(__name__)
 class CompiledDraft:
     """Draft tokens and confidences of a Step whose news are as many as its requests can bring at most.
 
-    run  what is compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]; tensors only
+    run   what is compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]; tensors only
+    kept  where its graphs are kept
     """
 
-    def __init__(self, run: Callable[[Step, Tensor], Outputs], device: torch.device) -> None:
+    def __init__(
+        self, run: Callable[[Step, Tensor], Outputs], device: torch.device, kept: KeptGraphs | None = None
+    ) -> None:
         def function(step: Step, noise: Tensor) -> Outputs:
             for tensor in (*step.keys, *step.values):  # two sizes instead of two for each
                 torch._check(tensor.shape[0] == step.keys[0].shape[0])
@@ -30,7 +34,9 @@ class CompiledDraft:
             return run(step, noise)
 
         self._run, self._device = run, device
-        self._graphs = {many: Direct(function, f"draft_{id(self)}_{many}") for many in (False, True)}
+        self._graphs = {
+            many: Direct(function, f"draft for {'many' if many else 'one'}", kept) for many in (False, True)
+        }
         self._built: set[tuple[bool, torch.Size]] = set()  # steps that a graph has been called for
 
     def __call__(self, step: Step, noise: Tensor) -> Outputs:

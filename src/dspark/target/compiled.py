@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.target.direct import Direct
+from dspark.target.kept_graphs import kept_graphs
 from dspark.target.kv_cache import KVCache
 from dspark.target.linears import with_packed_linears
 from dspark.target.modules import capture_outputs, decoder_layers, with_layers, with_own_hooks
@@ -54,6 +55,7 @@ class CompiledForward:
         capture_outputs(hooked, feature_layers, self._captured)
         self._model: Any = with_layers(packed, layers, hooked)
         self._storage_of = tuple(cache.storage)
+        self._kept = kept_graphs({"model": self._model}, getattr(model, "config", None), feature_layers, cache.shared)
         self._graphs: dict[str, Direct] = {}
 
     def takes(self, plan: Plan) -> bool:
@@ -127,7 +129,7 @@ class CompiledForward:
                 captured[place] = None
             return output.logits[0], features
 
-        return Direct(step, f"step_{id(self)}_{kind.replace(' ', '_')}")
+        return Direct(step, kind, self._kept)
 
 
 def frozen_weights(device: torch.device) -> Any:

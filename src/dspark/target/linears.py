@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
-from weakref import finalize
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,37 @@ from dspark.target import native
 
 
 class Product:
-    """Weights that the kernel knows by a number, for as long as this object is there."""
+    """Weights that the kernel knows by a number, for as long as this object is there.
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    parts  the products that it joins: their numbers are not given to others meanwhile
+    """
+
+    def __init__(self, number: int, parts: Sequence[Product] = ()) -> None:
+        self.number, self.parts = number, tuple(parts)
+        _live[number] = self
         # Not at exit: a thread may still be in a step.
         finalize(self, torch.ops.dspark.free_linear, number).atexit = False
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Product:
-        """A layer's weights, packed: later changes are not seen."""
+    def of(cls, linear: nn.Linear, name: str) -> Product:
+        """A layer's weights, packed: later changes are not seen. The name gives it its number: the same in every process,
+        if it is free."""
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(torch.ops.dspark.pack_linear(linear.weight.detach(), bias))
+        return cls(torch.ops.dspark.pack_linear(linear.weight.detach(), bias, _number_for(f"{name}: {linear}")))
 
     @classmethod
     def joined(cls, numbers: Sequence[int]) -> Product:
-        """Outputs of several, side by side. It shares their weights."""
-        return cls(torch.ops.dspark.join_linears(numbers))
+        """Outputs of several, side by side. It shares their weights, and is one object for all who ask for the same."""
+        found = _joined.get(tuple(numbers))
+        if found is None:
+            parts = [_live[number] for number in numbers]
+            found = cls(torch.ops.dspark.join_linears(numbers, _number_for(repr(list(numbers)))), parts)
+            _joined[tuple(numbers)] = found
+        return found
+
+
+_live: WeakValueDictionary[int, Product] = WeakValueDictionary()  # by their numbers
+_joined: WeakValueDictionary[tuple[int, ...], Product] = WeakValueDictionary()  # by the numbers of their parts
 
 
 class PackedLinear(nn.Linear):
@@ -43,11 +58,11 @@ class PackedLinear(nn.Linear):
     number: int
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> PackedLinear:
-        """The same layer with its weight packed for the kernel."""
+    def of(cls, linear: nn.Linear, name: str = "") -> PackedLinear:
+        """The same layer, whose name in its model this is, with its weight packed for the kernel."""
         clone = cast(PackedLinear, copy.copy(linear))
         clone.__class__ = cls
-        clone.product = Product.of(linear)
+        clone.product = Product.of(linear, name)
         clone.number = clone.product.number
         return clone
 
@@ -56,15 +71,19 @@ class PackedLinear(nn.Linear):
         return y
 
 
-def with_packed_linears(module: nn.Module) -> nn.Module:
-    """The module tree with its linear layers packed, where there is a kernel for that; everything else is shared."""
+def with_packed_linears(module: nn.Module, name: str = "") -> nn.Module:
+    """The module tree with its linear layers packed, where there is a kernel for that; everything else is shared.
+
+    name  of the module in the whole tree
+    """
     if native.small_linear is None or not any(map(_can_pack, module.modules())):
         return module
     if _can_pack(module):
-        return PackedLinear.of(module)  # type: ignore[arg-type]
+        return PackedLinear.of(module, name)  # type: ignore[arg-type]
     clone = copy.copy(module)
     clone._modules = {
-        name: None if child is None else with_packed_linears(child) for name, child in module._modules.items()
+        own: None if child is None else with_packed_linears(child, f"{name}.{own}")
+        for own, child in module._modules.items()
     }
     return clone
 
@@ -72,7 +91,7 @@ def with_packed_linears(module: nn.Module) -> nn.Module:
 def join_linears(graph: torch.fx.Graph) -> list[Product]:
     """Have packed layers that read the same tensor run as one call, such as queries, keys and values.
 
-    Every output is the sum that it was. Returns what has to live as long as the graph.
+    Every output is the sum that it was. Returns what has to live as long as the graph, in the order it was made.
     """
     kernel, products = native.small_linear, list[Product]()
     if kernel is None:
@@ -94,6 +113,10 @@ def join_linears(graph: torch.fx.Graph) -> list[Product]:
         for node in nodes:
             graph.erase_node(node)
     return products
+
+
+def _number_for(name: str) -> int:
+    return zlib.crc32(name.encode()) % 2**16
 
 
 def _can_pack(module: nn.Module) -> bool:

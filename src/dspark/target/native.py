@@ -24,6 +24,7 @@ _SOURCES = [
     Path(__file__).parent / "csrc" / name for name in ("slot_attention.cpp", "keyed_noise.cpp", "small_linear.cpp")
 ]
 _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-attributes"]
+_ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 
 attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
 small_linear = None  # torch.ops.dspark.small_linear then, on processors that can
@@ -51,28 +52,36 @@ def load() -> bool:
     return True
 
 
+def machine() -> tuple[str, ...]:
+    """What compiled code depends on: processor, compiler and torch. Raises OSError or SubprocessError without a compiler."""
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    return _ABI, torch.__version__, version, _processor()
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
 def _build() -> Path:
     """The library's path; its name says what it was made from, so another torch, compiler or processor has its own."""
-    compiler = os.environ.get("CXX", "g++")
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, abi, torch.__version__, version, _processor()]
-    path = _folder() / f"kernels-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
+    parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, *machine()]
+    path = folder() / f"kernels-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes may build at once: the rename is atomic.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        command = [*shlex.split(compiler), *_FLAGS, abi, *include, *map(str, _SOURCES), "-o", str(built), *link]
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+        built = Path(beside) / path.name
+        command = [*shlex.split(_compiler()), *_FLAGS, _ABI, *include, *map(str, _SOURCES), "-o", str(built), *link]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
         built.rename(path)
     return path
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where what was compiled is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 

@@ -182,8 +182,9 @@ class Target:
         """Compile, ahead of time, the forwards of short spans and on CPU of all chains, prompts too; on CUDA record them too.
         Returns whether it worked.
 
-        Takes tens of seconds and a C++ compiler (CPU) or Triton (GPU). feature_layers as they will be asked for; other
-        forwards run eagerly. Later changes of the weights are not seen. The cache must be empty.
+        Takes tens of seconds, on CPU only until its graphs are on disk, and a C++ compiler (CPU) or Triton (GPU).
+        feature_layers as they will be asked for; other forwards run eagerly. Later changes of the weights are not seen.
+        The cache must be empty.
         """
         if feature_layers in self._compiled:
             return True

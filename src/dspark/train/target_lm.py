@@ -1,4 +1,4 @@
-"""Train a small chat model from scratch: its tokenizer, then a Qwen3, in less than an hour on a CPU.
+"""Train a small chat model: its tokenizer, then a Qwen3, from scratch in less than an hour on a CPU, or a deeper one on from there.
 
     python -m dspark.train.target_lm --data DIR --recipe recipes/tiny/target.toml --out DIR
 
@@ -55,6 +55,8 @@ _SIZES = (
 class TargetSettings:
     """Shape and training of the target.
 
+    start_from            folder of a target to go on from, with its tokenizer; where it has fewer layers than
+                          num_hidden_layers, the others start as the identity between its own
     tokenizer_characters  of text, by the sources' shares, from which the tokenizer is learned
     batch, row_length     rows per step and tokens per row
     warmup                share of the steps in which the learning rate rises; it falls to 0 over all the others
@@ -62,6 +64,7 @@ class TargetSettings:
     """
 
     sources: tuple[Source, ...]
+    start_from: str | None = None
     vocab_size: int = 4096
     tokenizer_characters: int = 24_000_000
     hidden_size: int = 256
@@ -195,6 +198,27 @@ def small_qwen3(shape: Any, **others: Any) -> Qwen3ForCausalLM:
     return model
 
 
+def grow_from(model: Qwen3ForCausalLM, smaller: Qwen3ForCausalLM) -> None:
+    """Give the model the weights of one that differs in depth alone, so that both compute the same function: its layers
+    spread over the model's, and copies between them that add nothing yet (LLaMA Pro, arXiv:2401.02415, section 3.2)."""
+    theirs = {name: getattr(smaller.config, name) for name in (*_SIZES, "vocab_size") if name != "num_hidden_layers"}
+    ours = {name: getattr(model.config, name) for name in theirs}
+    few, many = len(smaller.model.layers), len(model.model.layers)
+    if ours != theirs or few > many:
+        raise InvalidConfiguration(
+            f"start_from has {few} layers and {theirs}, which cannot grow into {many} layers and {ours}: sizes must be "
+            "equal, and layers no fewer"
+        )
+    origins = [index * few // many for index in range(many)]
+    weights = {name: tensor for name, tensor in smaller.state_dict().items() if ".layers." not in name}
+    model.load_state_dict(weights, strict=False)
+    for index, (layer, origin) in enumerate(zip(model.model.layers, origins, strict=True)):
+        layer.load_state_dict(smaller.model.layers[origin].state_dict())
+        if index and origins[index - 1] == origin:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
 def next_token_loss(model: Qwen3ForCausalLM, rows: Tensor) -> Tensor:
     """rows [B, S + 1] -> mean cross entropy of all tokens but the first."""
     hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
@@ -239,7 +263,10 @@ def train_target(data: Path, out: Path, settings: TargetSettings, compiled: bool
     for source in settings.sources:
         train_rows, held_rows = split_held_out(read_rows(data, source))
         train_text[source], held_text[source] = [*map(document, train_rows)], [*map(document, held_rows)]
-    tokenizer = train_tokenizer(train_text, settings)
+    if settings.start_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.start_from)
+    else:
+        tokenizer = train_tokenizer(train_text, settings)
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [  # noqa: E731
         encoded.ids for encoded in tokenizer.backend_tokenizer.encode_batch_fast(texts)
     ]
@@ -249,6 +276,8 @@ def train_target(data: Path, out: Path, settings: TargetSettings, compiled: bool
         for index, (source, texts) in enumerate(train_text.items())
     ]
     model = make_target(tokenizer, settings)
+    if settings.start_from:
+        grow_from(model, Qwen3ForCausalLM.from_pretrained(settings.start_from, dtype=torch.float32))
     optimizers = make_optimizers(model, settings.lr_matrices, settings.lr_rest, settings.weight_decay)
     rest = [parameter for group in optimizers[0].param_groups for parameter in group["params"]]
     loss_of = torch.compile(next_token_loss) if compiled else next_token_loss

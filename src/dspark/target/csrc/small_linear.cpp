@@ -52,12 +52,14 @@ struct Product {
 
 std::array<std::atomic<const Product*>, 1 << 16> products;
 
-int64_t number_of(std::unique_ptr<const Product> product) {
+// The first free number from `near` on.
+int64_t number_of(std::unique_ptr<const Product> product, int64_t near) {
   for (size_t i = 0; i < products.size(); ++i) {
     const Product* none = nullptr;
-    if (!products[i].compare_exchange_strong(none, product.get())) continue;
+    const size_t number = (static_cast<size_t>(near) + i) % products.size();
+    if (!products[number].compare_exchange_strong(none, product.get())) continue;
     product.release();
-    return static_cast<int64_t>(i);
+    return static_cast<int64_t>(number);
   }
   TORCH_CHECK(false, "too many linear layers are packed");
 }
@@ -142,15 +144,15 @@ at::Tensor pack(const at::Tensor& weight) {
 }
 
 // weight [N, K], bias [N] -> the number of the layer as a product of its own
-int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias) {
+int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias, int64_t near) {
   TORCH_CHECK(weight_.scalar_type() == at::kBFloat16 && weight_.size(1) % 2 == 0, "weight must be bfloat16 [N, even K]");
   const at::Tensor weight = weight_.contiguous();
   Layer layer{weight, pack(weight), bias ? bias->to(at::kFloat).contiguous() : at::Tensor()};
-  return number_of(std::make_unique<const Product>(Product{{layer}, weight.size(1), weight.size(0)}));
+  return number_of(std::make_unique<const Product>(Product{{layer}, weight.size(1), weight.size(0)}), near);
 }
 
 // The number of the product that gives what these products give, side by side; nothing is copied.
-int64_t join_linears(at::IntArrayRef numbers) {
+int64_t join_linears(at::IntArrayRef numbers, int64_t near) {
   Product joined{{}, product_of(numbers.at(0)).inner, 0};
   for (const int64_t number : numbers) {
     const Product& own = product_of(number);
@@ -158,7 +160,7 @@ int64_t join_linears(at::IntArrayRef numbers) {
     joined.layers.insert(joined.layers.end(), own.layers.begin(), own.layers.end());
     joined.width += own.width;
   }
-  return number_of(std::make_unique<const Product>(std::move(joined)));
+  return number_of(std::make_unique<const Product>(std::move(joined)), near);
 }
 
 void free_linear(int64_t number) {
@@ -212,8 +214,8 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
-  library.def("pack_linear(Tensor weight, Tensor? bias) -> int");
-  library.def("join_linears(int[] numbers) -> int", &join_linears);
+  library.def("pack_linear(Tensor weight, Tensor? bias, int near=0) -> int");
+  library.def("join_linears(int[] numbers, int near=0) -> int", &join_linears);
   library.def("free_linear(int number) -> ()", &free_linear);
   library.def("small_linear(Tensor x, int number, int width) -> Tensor");
 }
