@@ -37,10 +37,8 @@ class Drafting:
         self._has_logged = False
         self._ids: list[int] = []  # that the guard was asked about last,
         self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
-        self._num_kept, self._look_after = (
-            0,
-            _FEW_HELD,
-        )  # positions of steps since it was looked what is held, and until then
+        self._num_kept = 0  # positions of steps since it was last looked how many are held,
+        self._look_after = _FEW_HELD  # and how many it takes to look again
 
     def propose(self, record: StepRecord, decoding: Sequence[Request], with_room: Sequence[int]) -> Draft:
         """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
