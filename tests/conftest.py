@@ -1,6 +1,7 @@
 """One thread: the models are tiny, and results and timing do not depend on what else the machine does."""
 
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ settings.register_profile("dspark", deadline=None)  # a busy machine is no failu
 settings.load_profile("dspark")
 
 
+_numbers = count()
+
+
 @pytest.fixture(autouse=True)
-def own_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test compiles for itself: what it keeps is its own."""
+def own_graphs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test compiles for itself: where it keeps graphs, there is nothing yet."""
     from dspark.target import kept_graphs
 
-    monkeypatch.setattr(kept_graphs, "folder", lambda: tmp_path / "graphs")
-    return tmp_path / "graphs"
+    path = tmp_path_factory.getbasetemp() / f"graphs-{next(_numbers)}"
+    monkeypatch.setattr(kept_graphs, "folder", lambda: path)
+    return path
