@@ -36,10 +36,10 @@ def assert_equal_drafts(eager: Pair, other: Pair) -> None:
 def test_without_a_compiler_it_drafts_all_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def build(self: Direct, **arguments: Any) -> Outputs:
+    def call(self: Direct, kind: object, **arguments: Any) -> Outputs:
         raise RuntimeError("no C++ compiler found\nand many lines more")
 
-    monkeypatch.setattr(Direct, "build", build)
+    monkeypatch.setattr(Direct, "__call__", call)
     eager, compiled = Pair(), Pair()
     compiled.drafter.compile()
     assert_equal_drafts(eager, compiled)

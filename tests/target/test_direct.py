@@ -58,8 +58,8 @@ def test_another_graph_is_asked_for():
     with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
         for size in (4, 7):
             x = torch.randn(size)
-            assert torch.equal(graph.build(x=x)[0], x * 2 * size) and graph.is_direct
-            assert torch.equal(graph(x=x)[0], x * 2 * size)
+            assert torch.equal(graph(size, x=x)[0], x * 2 * size) and graph.is_direct
+            assert torch.equal(graph(size, x=x)[0], x * 2 * size)
 
 
 def test_what_is_no_argument_is_found_the_usual_way():
@@ -72,3 +72,31 @@ def test_what_is_no_argument_is_found_the_usual_way():
     for x in (torch.randn(3), torch.randn(3)):
         assert torch.equal(graph(x=x)[0], x * weight)
     assert not graph.is_direct
+
+
+def test_a_kind_has_the_graph_that_the_compiler_took_for_it():
+    """And not the newest one, which here gives the same by chance and then reads what is not there."""
+
+    def amount(x: Tensor) -> tuple[Tensor]:
+        return (torch.stack([x.sum(), x.max()]),)
+
+    graph = Direct(amount, "amount")
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for kind, size in enumerate((4, 7, 4)):
+            graph(kind, x=torch.zeros(16)[:size])
+        assert graph.is_direct
+        for kind, size in enumerate((4, 7, 4)):
+            assert graph(kind, x=torch.ones(16)[:size])[0].tolist() == [size, 1]
+
+
+def test_what_goes_the_usual_way_runs_once_a_call():
+    def count(total: Tensor) -> tuple[Tensor]:
+        total += 1
+        return (total.clone(),)
+
+    graph, total = Direct(count, "count"), torch.zeros(1)
+    graph(total=total)
+    before = float(total)
+    for _ in range(3):
+        graph(total=total)
+    assert float(total) == before + 3

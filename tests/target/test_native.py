@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +38,29 @@ def test_a_missing_compiler_is_said_and_torch_goes_on(
         native.load.cache_clear()
     assert "no-such-compiler" in caplog.text
     assert kernels.kernel_for(torch.zeros(1, 2, 8), 1) is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiler_may_be_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env g++")
+    assert native.machine()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+def test_kernels_that_others_can_have_written_are_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(command: list[str], **_: object) -> None:
+        Path(command[command.index("-o") + 1]).write_text("ours")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "machine", lambda: ("a machine",))
+    monkeypatch.setattr(subprocess, "run", compile)
+    umask = os.umask(0o002)  # usual where every user has a group
+    try:
+        path = native._build()
+        assert path.stat().st_mode & 0o777 == 0o755
+        path.write_text("built before")
+        assert native._build().read_text() == "built before"
+        path.chmod(0o775)
+        assert native._build().read_text() == "ours"
+    finally:
+        os.umask(umask)

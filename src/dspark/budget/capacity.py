@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark import caches
 from dspark.budget.cost_curve import CostCurve
 from dspark.errors import InvalidConfiguration
 from dspark.types import StepRecord
@@ -161,5 +162,4 @@ class Capacity:
 def usual_path(fingerprint: Fingerprint) -> Path:
     """Where the capacity of this kind of engine is kept: a folder of the user's caches (XDG base directories)."""
     name = hashlib.sha256(json.dumps(dict(sorted(fingerprint.items()))).encode()).hexdigest()[:16]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dspark" / "capacity" / f"{name}.json"
+    return caches.folder() / "capacity" / f"{name}.json"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dspark import caches
 from dspark.budget import capacity as costs
 from dspark.budget.beliefs import LiveBeliefs
 from dspark.budget.capacity import Capacity
@@ -69,5 +69,4 @@ def keep_costs(capacity: Capacity) -> Kept:
 
 def usual_path(identity: str) -> Path:
     """Where beliefs about this target and drafter are kept: a folder of the user's caches (XDG base directories)."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dspark" / "beliefs" / f"{identity}.json"
+    return caches.folder() / "beliefs" / f"{identity}.json"

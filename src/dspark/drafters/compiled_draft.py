@@ -46,7 +46,7 @@ class CompiledDraft:
         many = len(step.anchors) > 1
         graph, kind = self._graphs[many], (many, step.keys[0].shape)
         if kind in self._built:
-            return graph(step=step, noise=noise)
+            return graph(kind, step=step, noise=noise)
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
         torch._dynamo.maybe_mark_dynamic(step.mask, 3)
@@ -57,7 +57,7 @@ class CompiledDraft:
         self._built.add(kind)
         try:
             with frozen_weights(self._device):
-                return graph.build(step=step, noise=noise)
+                return graph(kind, step=step, noise=noise)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the compiler's own errors all derive from it

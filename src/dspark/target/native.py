@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from dspark import noise
+from dspark import caches, noise
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +54,13 @@ def load() -> bool:
 
 def machine() -> tuple[str, ...]:
     """What compiled code depends on: processor, compiler and torch. Raises OSError or SubprocessError without a compiler."""
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    command = [*_compiler(), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     return _ABI, torch.__version__, version, _processor()
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
 
 
 def _build() -> Path:
@@ -67,22 +68,18 @@ def _build() -> Path:
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
     parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, *machine()]
-    path = folder() / f"kernels-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
-    if path.exists():
+    path = caches.folder() / f"kernels-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
+    if path.exists() and caches.is_own(path.stat()):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes may build at once: the rename is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
         built = Path(beside) / path.name
-        command = [*shlex.split(_compiler()), *_FLAGS, _ABI, *include, *map(str, _SOURCES), "-o", str(built), *link]
+        command = [*_compiler(), *_FLAGS, _ABI, *include, *map(str, _SOURCES), "-o", str(built), *link]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        built.chmod(0o755)  # nobody else's to write, whatever the umask: what is loaded is code
         built.rename(path)
     return path
-
-
-def folder() -> Path:
-    """Where what was compiled is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 
 def _processor() -> str:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dspark import caches
 from dspark.target.plan import SHORT
 
 _log = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def find(geometry: Geometry, machine: Mapping[str, str], measured: Callable[[], 
 def usual_path(about: Mapping[str, str]) -> Path:
     """A file of the user's caches (XDG base directories) whose name says what was measured where."""
     name = hashlib.sha256(json.dumps(dict(sorted(about.items()))).encode()).hexdigest()[:16]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dspark" / "tilings" / f"{name}.json"
+    return caches.folder() / "tilings" / f"{name}.json"
 
 
 def _load(path: Path, about: Mapping[str, str]) -> dict[Shape, Tiling] | None:
