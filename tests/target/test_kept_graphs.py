@@ -245,8 +245,7 @@ def test_what_is_hooked_or_patched_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("function", "inputs"),
     [
-        (sum_of_rows, [torch.arange(8.0).view(n, 4) for n in (2, 2)]),
-        (sum_of_rows, [torch.arange(n * 4.0).view(n, 4) for n in (5, 3)]),
+        (sum_of_rows, [torch.ones(8, 4)[:n] for n in (5, 3)]),
         (plus_one, [torch.arange(12.0).view(4, 3).t(), torch.arange(24.0).view(3, 8)[:, ::2]]),
     ],
 )

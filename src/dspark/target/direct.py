@@ -88,6 +88,7 @@ class Direct:
         if found := self._take(arguments):
             self._ways[kind], outputs = found
             return outputs
+        self._ran = None
         outputs = self._compiled(**arguments)
         built, num_missing = self._ran, sum(output is None for output in outputs)
         way = None if built is None else Way(built.run, built.read, num_missing)
