@@ -120,7 +120,7 @@ def test_it_drafts_where_drafts_pay():
 
 def test_reading_a_prompt_is_no_plain_step_to_compare_with():
     """One short text after the other: a step that only reads must not put off the plain one that is due."""
-    traffic = Traffic(Machine(per_token=0.02, per_draft=0.02), [0.8])
+    traffic = Traffic(Machine(per_token=0.02, per_draft=0.7), [0.8])
     reading = StepRecord(load=Load(50, 1, 0, 0.0, 50), num_tokens=50, num_prompt_tokens=50, seconds={"target": 2.0})
     for _ in range(60):
         traffic.run(8)
@@ -226,6 +226,48 @@ def test_while_it_is_off_hardly_anything_is_decided():
     asked = [guard.choose([now // 20], Load(1, 1, 100), [now // 20 % 2]) for now in range(2000)]
     assert guard.reason == "cost" and 0 < sum(map(len, asked)) < 20
     assert len(decided) < 6 + 3 * sum(map(len, asked))
+
+
+def test_while_it_is_off_new_requests_among_known_ones_are_no_new_question():
+    guard, decided = Guard(Machine(per_token=1.0, per_draft=1.0)), []
+    guard._num_judged, guard.is_drafting, guard._now = 24, False, 9
+    decide, guard._decide = guard._decide, lambda ids, load: (decided.append(guard._now), decide(ids, load))
+    for num_known in range(8, 3, -1):
+        for request_id in range(10 * num_known, 11 * num_known):
+            guard.fares._remember(guard._now, request_id, None, np.full(7, 0.01))
+        guard.choose([*range(10 * num_known, 10 * num_known + 8)], Load(8, 8, 800))
+        guard.choose([*range(10 * num_known, 10 * num_known + 8)], Load(8, 8, 800))
+    assert len(decided) == 1
+
+
+def test_it_does_not_start_for_a_few_while_others_read_their_prompts():
+    """Drafts pay for two requests and not for eight: two of eight that decode in a step are joined in the next."""
+    guard = Guard(Machine(per_token=1.0, per_draft=0.1, base=4.0))
+    guard._num_judged, guard.is_drafting, guard._last_probe, guard._now = 24, False, 9, 20
+    for request_id in range(8):
+        guard.fares._remember(20, request_id, None, np.full(7, 0.7))
+    assert guard.choose([0, 1], Load(482, 8, 200, 0.0, 480)) == [] and not guard.is_drafting
+    assert guard.choose([*range(8)], Load(8, 8, 800)) == [] and not guard.is_drafting
+    assert guard.choose([0, 1], Load(2, 2, 200)) == [0, 1]
+    guard.is_drafting = False
+    some = [guard.choose([0, 1], Load(482, 8, 200, 0.0, 480)) for _ in range(520)]
+    assert not any(some[:500]) and any(some)  # some traffic always reads prompts
+
+
+def test_a_probe_goes_on_while_others_read_their_prompts():
+    guard = Guard(Machine(per_token=1.0, per_draft=0.1))
+    guard._num_judged, guard.is_drafting, guard._last_probe, guard._now = 24, False, 9, 9
+    guard._probed, guard._refused = {0, 1, 2}, {"any": None}
+    assert guard.choose([0, 1, 5], Load(483, 8, 300, 0.0, 480)) == [0, 1]
+    assert not guard._refused  # decided again with what it shows
+
+
+def test_plain_steps_that_lose_much_are_rare():
+    traffic = Traffic(Machine(per_token=0.02, per_draft=0.02), [0.8] * 4)
+    traffic.run(100)
+    advantage = traffic.run(1400) / traffic.plain
+    lost = (advantage - 1) * sum(not rows for rows in traffic.drafted[100:])
+    assert advantage > 1.5 and 0 < lost < 0.004 * 1400 * traffic.guard._length  # in seconds of a plain step
 
 
 def test_a_kind_that_was_never_drafted_for_is_trusted_as_the_others_are():

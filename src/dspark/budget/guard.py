@@ -29,24 +29,20 @@ Floats = NDArray[np.float64]
 class GuardSettings:
     """
     min_observations  drafts whose outcome is known before the drafter is judged
-    stop_below        stop drafting when it is believed to give less than this share of plain tokens per second
-    start_above       start again above this share
-    probe_share       of all seconds at most so much is lost by drafts that only serve to learn
-    plain_every       drafted steps after which at the latest a plain one keeps the comparison honest; it comes sooner the
-                      less it loses, and what it loses is bounded by probe_share too
+    start_above       start again when drafting is believed to give more than this share of plain tokens per second; it stops
+                      below 1
+    probe_share       of all seconds about so much is lost by drafts that only serve to learn, and by plain steps that do
     num_remembered    drafts of each request that are remembered
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
-    reconsider_every  drafted steps between decisions while there are about as many requests, up to four times as many where drafts
-                      have clearly paid for a while; off, it is decided once for each mix of requests and before each
-                      probe, which teaches something, and else after eight times as many, or 64 where they clearly do not
+    reconsider_every  drafted steps between decisions while there are about as many requests, up to four times as many
+                      where drafts have clearly paid for a while; off, it is decided once for each mix of requests and
+                      before each probe, which teaches something
     """
 
     min_observations: int = 24
-    stop_below: float = 1.0
     start_above: float = 1.04
     probe_share: float = 0.003
-    plain_every: int = 200
     num_remembered: int = 24
     half_life: float = 8.0
     memory: int = 200
@@ -57,7 +53,7 @@ class GuardSettings:
 _TOGETHER, _TOGETHER_OFF = 8, 64
 _AT_ENDS = 12
 _MOST_MIXES = 64
-_FOREVER = 1 << 30  # steps
+_HOLDS = 512  # steps at most that it is not decided anew whether to start
 _NOBODY: frozenset[int] = frozenset()
 _ENOUGH = 8  # pairs of a plain and a drafted step before the comparison is believed: of few, most may be disturbed
 _FEW, _BEYOND_DOUBT = 3, 2.0  # which does not matter where drafts give so many times as many tokens per second
@@ -66,7 +62,6 @@ _SOONEST = 12  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
 _CLEARLY = 1.15  # times as many tokens per second
-_CLEARLY_NOT = 0.9
 _CHEAP = 0.06  # of a step
 
 
@@ -109,7 +104,7 @@ class Guard:
         self._probed: set[int] = set()
         self._refused: dict[Hashable, _Refusal] = {}  # since the last probe, by what is known of requests
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
-        self._rests_until = 0  # before this step
+        self._rests_until = 0.0  # before this step
         self._chosen: set[int] | None = None  # None: all
         self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
@@ -140,12 +135,21 @@ class Guard:
         if self.is_drafting and self._needs_plain_step(load):
             self.reason = "measuring a plain step"
             return []
-        num_known = sum(i in self.fares for i in request_ids)
+        if not self.is_drafting and self._now == self._last_probe + 1:  # decide again with what the probe shows
+            self.reason = "cost"
+            self._refused.clear()
+            return self._probes(request_ids, everyone)
+        are_few = _about(len(request_ids)) < _about(load.num_requests)
+        if not self.is_drafting and are_few and self._now < self._decided_at + _HOLDS:
+            # While others read their prompts, drafts for so few may pay; but the others decode in the next step.
+            self.reason = "cost"
+            return []
+        # Every mix that is told from others is one more chance to be wrong about.
+        are_known = 2 * sum(i in self.fares for i in request_ids) >= len(everyone)
         mix = (
             _about(load.num_requests),
             frozenset(self._kinds.values()),
-            num_known and 1 + _about(num_known),
-            2 * num_known < len(everyone) and _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
+            None if are_known else _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
         )
         if self._is_due(request_ids, load.num_requests, mix):
             self._reconsider(request_ids, load, mix)
@@ -167,8 +171,7 @@ class Guard:
         if self.is_drafting:
             self._refused.clear()
             return
-        holds_for = (64 if self._advantage < _CLEARLY_NOT else 8) * self.settings.reconsider_every
-        self._refused[mix] = _Refusal(self._now + holds_for, self._probe_spacing, self._probes_all)
+        self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all)
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
 
@@ -176,13 +179,10 @@ class Guard:
         """Draft for nobody, or for a probe."""
         self.reason = "cost"
         until, self._probe_spacing, self._probes_all = self._refused[mix]
-        is_second = self._now == self._last_probe + 1
         rows = self._probes(request_ids, list(range(len(request_ids))))
-        if is_second:  # decide again with what it shows
-            self._refused.clear()
-        elif not rows:
+        if not rows:
             self._resting = list(request_ids)
-            self._rests_until = min(until, self._last_probe + math.ceil(min(self._probe_spacing, _FOREVER)))
+            self._rests_until = min(until, self._last_probe + self._probe_spacing)
         return rows
 
     def observe(self, record: StepRecord) -> None:
@@ -220,7 +220,7 @@ class Guard:
             spacing: float = _SOON
         else:
             lost = 2 * (self._advantage - 1) / self._length  # of a drafted step's seconds, by two plain ones
-            spacing = min(max(lost / self.settings.probe_share, _SOONEST), self.settings.plain_every)
+            spacing = max(lost / self.settings.probe_share, _SOONEST)
         if self._now - self._last_plain > spacing:
             self._measured = self._now
             return True
@@ -260,9 +260,9 @@ class Guard:
                 break  # what would be spared by leaving someone out? What is verified of their drafts others decide
             size //= 2
         was_drafting, self._advantage = self.is_drafting, best_rate / plain
-        bound = self.settings.stop_below if was_drafting else self.settings.start_above
-        # Of few requests drafted for, little is to be expected either way.
-        self.is_drafting = self._advantage >= 1 + (bound - 1) * best / num_decoding
+        margin = 0.0 if was_drafting else self.settings.start_above - 1
+        # Of few requests drafted for, little is to be expected.
+        self.is_drafting = self._advantage >= 1 + margin * best / num_decoding
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
         self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
         if self.is_drafting and not was_drafting:  # a probe may have been luck: a few drafts will tell
