@@ -50,6 +50,20 @@ def test_a_deeper_target_begins_as_the_one_it_grows_from(target_folder: Path, da
     assert (tmp_path / "tokenizer.json").read_text() == (target_folder / "tokenizer.json").read_text()
 
 
+def test_a_run_that_is_stopped_early_ends_at_the_rate_it_had(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = dict(batch=4, row_length=16, num_validation=2, log_every=1, save_seconds=1e9)
+
+    def printed(**steps: int) -> list[str]:
+        train_target(data, tmp_path, TargetSettings((MATH,), **SHAPE, **short, **steps))
+        return [line.split("loss=")[1] for line in capsys.readouterr().out.splitlines() if "loss=" in line]
+
+    whole, part = printed(steps=12), printed(steps=12, stop_after=8)
+    assert part == whole[:8]
+    assert printed(steps=8) != part  # whose rate falls to 0 sooner
+
+
 def test_a_target_cannot_grow_into_another_width(target_folder: Path, data: Path, tmp_path: Path) -> None:
     short = dict(steps=0, row_length=16, start_from=str(target_folder))
     with pytest.raises(InvalidConfiguration, match="cannot grow into 3 layers"):
@@ -82,3 +96,7 @@ def test_a_draft_model_for_a_target(target_folder: Path, tmp_path: Path) -> None
     assert model.lm_head.weight is model.model.embed_tokens.weight
     target = load_target(target_folder, dtype="float32", device="cpu")
     assert load_drafter(tmp_path / "draft", target).length == 4
+    on = DraftSettings(**shape, steps=0, start_from=str(tmp_path / "draft"))
+    train_draft(target_folder, tmp_path, tmp_path / "same", on)
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "same", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))

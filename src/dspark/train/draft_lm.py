@@ -26,8 +26,9 @@ from dspark.train.texts import batches, pad, read_texts
 
 @dataclass(frozen=True)
 class DraftSettings:
-    """Shape and training of the draft LM; steps count batches."""
+    """Shape and training of the draft LM; steps count batches; start_from: folder of one of this shape to go on from."""
 
+    start_from: str | None = None
     hidden_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 3
@@ -78,6 +79,8 @@ def train_draft(target: Path, texts_folder: Path, out: Path, settings: DraftSett
     torch.manual_seed(settings.seed)
     teacher = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval().requires_grad_(False)
     model = make_draft(teacher.config, settings)
+    if settings.start_from:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(settings.start_from, dtype=torch.float32).state_dict())
     mean = RunningMean(model, settings.mean_decay)
     optimizers = make_optimizers(model, settings.lr_matrices, settings.lr_rest, settings.weight_decay)
     texts = read_texts(texts_folder, max_length=settings.max_length)

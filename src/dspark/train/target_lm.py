@@ -60,6 +60,7 @@ class TargetSettings:
     tokenizer_characters  of text, by the sources' shares, from which the tokenizer is learned
     batch, row_length     rows per step and tokens per row
     warmup                share of the steps in which the learning rate rises; it falls to 0 over all the others
+    stop_after            of the steps, for a run that another goes on from before the rate is 0
     num_validation        rows per source for the losses at the end, at most
     """
 
@@ -75,6 +76,7 @@ class TargetSettings:
     head_dim: int = 64
     max_position_embeddings: int = 2048
     steps: int = 1986
+    stop_after: int | None = None
     batch: int = 16
     row_length: int = 512
     lr_matrices: float = 0.02
@@ -284,7 +286,7 @@ def train_target(data: Path, out: Path, settings: TargetSettings, compiled: bool
     rng, shares = random.Random(settings.seed), [source.share for source in settings.sources]
     started = last_save = time.time()
     smooth: float | None = None
-    for step in range(settings.steps):
+    for step in range(settings.stop_after or settings.steps):
         set_learning_rate(optimizers, trapezoid(step, settings.steps, settings.warmup, 1 - settings.warmup))
         rows = torch.tensor([next(stream) for stream in rng.choices(streams, shares, k=settings.batch)])
         with torch.autocast("cpu", torch.bfloat16):
