@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	@echo
 	@echo "== greedy: the same tokens as plain decoding, and how much sooner =="
-	$(BIN)/dspark generate "Can you help me order a coffee?" --temperature 0 --dtype float32 --max-tokens 160 --compare
+	$(BIN)/dspark generate "What drinks do you have?" --temperature 0 --dtype float32 --max-tokens 160 --compare
 	@echo
 	@echo "== sampled at temperature 1 with a seed: still the same tokens =="
 	$(BIN)/dspark generate "Tom has 3 apples and buys 4 more. How many apples does he have?" --temperature 1 --seed 7 --dtype float32 --max-tokens 160 --compare

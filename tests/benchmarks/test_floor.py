@@ -27,12 +27,12 @@ def test_shapes_have_the_published_number_of_parameters(shape):
 def test_the_floor_of_the_tiny_pair_by_hand():
     target, drafter = build("tiny", torch.device("cpu"), torch.bfloat16)
     floor = floor_of(target, drafter, bytes_per_second=1e9)
-    # 8 layers: attention 256 x (256 + 128 + 128 + 256), MLP 3 x 256 x 768, norms 2 x 256 + 2 x 64; head 4096 x 256
-    assert floor.target == 2 * (8 * (256 * 768 + 3 * 256 * 768 + 640) + 256 + 4096 * 256)
+    # 14 layers: attention 256 x (256 + 128 + 128 + 256), MLP 3 x 256 x 768, norms 2 x 256 + 2 x 64; head 4096 x 256
+    assert floor.target == 2 * (14 * (256 * 768 + 3 * 256 * 768 + 640) + 256 + 4096 * 256)
     # 2 such layers, fc 4 x 256 -> 256, two norms, W2 of rank 96, confidence 256 + 96 + 1, and the target's head
     own = 2 * (256 * 768 + 3 * 256 * 768 + 640) + 4 * 256 * 256 + 512 + 96 * 4096 + 353
     assert floor.drafter == 2 * (own + 4096 * 256)
-    assert floor.per_token == 8 * 2 * 2 * 64 * 2 and floor.draft_per_token == floor.per_token // 4
+    assert floor.per_token == 14 * 2 * 2 * 64 * 2 and floor.draft_per_token == floor.per_token // 7
     assert floor.step(1000) == pytest.approx((floor.target + 1000 * floor.per_token) / 1e9)
 
 

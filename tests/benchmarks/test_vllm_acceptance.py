@@ -25,7 +25,7 @@ def test_a_block_drafter_without_a_head_becomes_vllms_dflash(tmp_path):
     convert(open_checkpoint(str(PAIR / "dflash")), "speculators", tmp_path / "d")
     assert method_for(tmp_path / "d") == "dflash"
     config = json.loads((tmp_path / "d" / "config.json").read_text())
-    assert config["speculators_model_type"] == "dflash" and config["aux_hidden_state_layer_ids"] == [2, 4, 6, 7]
+    assert config["speculators_model_type"] == "dflash" and config["aux_hidden_state_layer_ids"] == [4, 7, 11, 13]
     assert (
         load_file(tmp_path / "d" / "model.safetensors").keys() == open_checkpoint(str(PAIR / "dflash")).tensors.keys()
     )

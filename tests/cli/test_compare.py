@@ -26,7 +26,15 @@ def test_a_kept_run_is_a_gate_for_the_next_one(capsys, tmp_path):
     kept, gate, prompts = (str(tmp_path / name) for name in ("run.json", "gate.toml", "prompts.jsonl"))
     with open(prompts, "w") as file:
         for i in range(4):
-            file.write(json.dumps({"prompt": f"What is {i} plus 7?", "domain": "math" if i % 2 else "chat"}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "prompt": f"Tom has {i} apples and buys 7 more. How many apples does he have?",
+                        "domain": "math" if i % 2 else "chat",
+                    }
+                )
+                + "\n"
+            )
     few = (*FEW[2:], "--prompts-file", prompts)
     with open(gate, "w") as file:
         file.write("[tau]\nmax_drop = 0.0\n[same_text]\nat_least = 1.0\n")

@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def one_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "prompts.txt").write_text("What does the word river mean?\n\nHow do I list all files in a folder?\n")
+    (tmp_path / "prompts.txt").write_text("What drinks do you have?\n\nWhich flavors do you have?\n")
 
 
 def copy_of(name: str, tmp_path: Path, **changes: Any) -> Path:
@@ -83,9 +83,9 @@ def test_near_zero_is_refused(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_not_measured(capsys: Capture, tmp_path: Path) -> None:
-    code, said = doctor(capsys, tmp_path, copy_of("dflash", tmp_path, num_target_layers=12))
+    code, said = doctor(capsys, tmp_path, copy_of("dflash", tmp_path, num_target_layers=16))
     assert code == 1 and said["readings"] == []
-    assert "trained on 12 target layers and this target has 8" in said["problems"][0]
+    assert "trained on 16 target layers and this target has 14" in said["problems"][0]
 
 
 def test_mistakes(capsys: Capture, tmp_path: Path) -> None:

@@ -36,7 +36,14 @@ target = "tiny"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     (folder / "text").mkdir()
-    rows = [{"messages": [{"role": "user", "content": f"What is {i} plus {i + 1}?"}]} for i in range(9)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Tom has {i} apples and buys {i + 4} more. How many apples does he have?"}
+            ]
+        }
+        for i in range(9)
+    ]
     (folder / "text" / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     (folder / "text" / "note.txt").write_text("The river is long. It flows to the sea.", encoding="utf-8")
     (folder / "mine.toml").write_text(RECIPE, encoding="utf-8")

@@ -182,7 +182,7 @@ def test_rounds_that_are_read_late_are_those_of_the_plain_loop(tiny: Target, mon
 
 
 def test_a_stop_string_ends_a_text_one_step_late_and_no_later(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = ["Where does a river begin?", "What is the sea?"]
+    prompts = ["What drinks do you have?", "What kinds of coffee are there?"]
     whole = Engine(tiny).generate(prompts, SamplingParams(temperature=0, max_tokens=40))
     stops = [g.text[len(g.text) // 2 :][:3] for g in whole]
     params = [SamplingParams(temperature=0, max_tokens=40, stop=(stop,)) for stop in stops]

@@ -10,7 +10,7 @@ from dspark import Engine
 from dspark.serve.replies import TokenNames
 from serve.conftest import serving
 
-PROMPT = "What is a river?"
+PROMPT = "What drinks do you have?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
 

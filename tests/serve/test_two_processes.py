@@ -72,10 +72,10 @@ def test_the_same_seed_gives_the_same_text_streamed_or_not_alone_and_among_other
 
 
 def test_stop_strings_are_watched_for_by_the_engine(far, expected):
-    word = expected.split()[3]
-    body = {**BODY, "stop": word}
+    stop = expected[len(expected) // 2 :][:3]
+    body = {**BODY, "stop": stop}
     for ours in (whole, streamed):
-        assert together(far, lambda client, ours=ours: ours(client, body)) == expected[: expected.index(word)]
+        assert together(far, lambda client, ours=ours: ours(client, body)) == expected[: expected.index(stop)]
     far.settle()
 
 

@@ -56,7 +56,7 @@ def test_so_are_those_of_eagle3(draft_vocab_size: int | None, target_folder: Pat
 def test_the_papers_rule_accepts_more(target: Target) -> None:
     """1 less the total variation, where noise that is shared reaches that over 1 plus it at least."""
     drafter = dspark.load_drafter("dspark", target)
-    prompts = [target.tokenizer.encode(question) for question in QUESTIONS]
+    prompts = [target.tokenizer.encode(question) for question in QUESTIONS] * 8
     tau = {rule: decode(dspark.Engine(target, drafter, "fixed:7", rule), prompts, 64).tau for rule in RULES}
     assert 1.5 < tau["coupled"] < tau["rejection"] < 8
 

@@ -18,23 +18,22 @@ from dspark.train.target_lm import TargetSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 TABLES = {
-    "target.toml": {"target": TargetSettings},
-    "target-2.toml": {"target": TargetSettings},
-    "text.toml": {"regenerate": RegenerateSettings},
-    "dspark.toml": {"train": TrainSettings, "loss": LossWeights},
-    "dspark-2.toml": {"train": TrainSettings, "loss": LossWeights},
-    "dspark-3.toml": {"train": TrainSettings, "loss": LossWeights},
-    "dflash.toml": {"train": TrainSettings, "loss": LossWeights},
-    "eagle3.toml": {"train": TrainSettings, "loss": LossWeights},
-    "draft.toml": {"draft": DraftSettings},
+    "target": TargetSettings,
+    "regenerate": RegenerateSettings,
+    "train": TrainSettings,
+    "loss": LossWeights,
+    "draft": DraftSettings,
 }
 
 
 def test_all_shipped_recipes_can_be_read() -> None:
-    assert {path.name for path in RECIPES.glob("*.toml")} == set(TABLES)
-    for name, tables in TABLES.items():
-        for table, kind in tables.items():
-            assert isinstance(read_recipe(RECIPES / name, table, kind), kind)
+    paths = list(RECIPES.glob("*.toml"))
+    assert len(paths) > 10
+    for path in paths:
+        tables = TABLES.keys() & read_toml(path).keys()
+        assert tables, path
+        for table in tables:
+            assert isinstance(read_recipe(path, table, TABLES[table]), TABLES[table])
 
 
 def test_so_can_those_of_drafters_in_other_folders() -> None:
