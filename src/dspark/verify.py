@@ -69,17 +69,15 @@ class Coupled:
         positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
         chosen = self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED).tolist()
 
-        places, next_tokens, first_row = list[int](), list[int](), 0
+        accepted, next_tokens, first_row = np.zeros(keep.shape, dtype=bool), list[int](), 0
         for b, tree in enumerate(trees):
             node, token = -1, chosen[first_row]
             while (child := tree.child(node, token)) is not None:
-                places.append(b * keep.shape[1] + child)
+                accepted[b, child] = True
                 node, token = child, chosen[first_row + tree.rows[child]]
             next_tokens.append(token)
             first_row += len(tree.rows)
-        accepted = np.zeros(keep.shape, dtype=bool)
-        accepted.ravel()[places] = True
-        return Verdict(torch.from_numpy(accepted), torch.tensor(next_tokens))
+        return Verdict(torch.from_numpy(accepted), torch.from_numpy(np.array(next_tokens)))
 
 
 class Rejection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,15 +39,23 @@ def survival_of(draft: Draft, confidence: Tensor) -> Tensor:
 
 def falling_survival(draft: Draft, survival: Tensor) -> Tensor:
     """[B, K]  beliefs made fit for schedulers: within 0 .. 1, 0 on padding and nonsense, never rising along a path."""
-    # numpy, because many small operations are to be paid for in every step; its fmax takes a number before nonsense
-    clean = np.fmin(np.fmax(survival.numpy(), 0.0), 1.0)
-    sizes = draft.sizes.numpy()
-    if sizes.min(initial=survival.shape[1]) < survival.shape[1]:
-        clean *= np.arange(survival.shape[1]) < sizes[:, None]
-    if draft.parents is None:
-        return torch.from_numpy(np.minimum.accumulate(clean, 1))
-    within = torch.from_numpy(clean)
+    sizes = draft.sizes.tolist()
+    if draft.parents is None:  # a few numbers, which arrays would take longer over
+        rows = [
+            _falling(row[:size]) + [0.0] * (len(row) - size) for row, size in zip(survival.tolist(), sizes, strict=True)
+        ]
+        return torch.from_numpy(np.array(rows, dtype=survival.numpy().dtype).reshape(survival.shape))
+    within = survival.nan_to_num(0.0).clamp(0.0, 1.0) * draft.real
     return along_paths(draft, within.new_ones(len(within)), lambda before, k: torch.minimum(before, within[:, k]))
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """Of one path; what is no number is no chance."""
+    before, falling = 1.0, []
+    for value in values:
+        before = min(before, value) if value > 0 else 0.0
+        falling.append(before)
+    return falling
 
 
 class FixedLength:

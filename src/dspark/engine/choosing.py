@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Choosing:
             keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
         else:
             record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
+            load = load.after_drafting(record.predicted_draft_seconds or record.draft_seconds)
             record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
             keep = self.scheduler.choose(draft, record.survival, load)
             if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != draft.tokens.shape:
@@ -48,8 +47,9 @@ class Choosing:
                 record.chosen = keep
                 if whole.numpy().any():
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
-            record.predicted_accepted = float((record.survival.numpy() * keep.numpy()).sum())
-            record.num_tokens += int(keep.numpy().sum())
+            promised = record.survival.numpy()[keep.numpy()]
+            record.predicted_accepted = float(promised.sum())
+            record.num_tokens += len(promised)
         if self.capacity.is_known and record.num_tokens:
             record.predicted_seconds = self.capacity.seconds_of(
                 record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0

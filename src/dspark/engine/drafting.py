@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,21 +214,21 @@ def _nonsense(draft: object, num_requests: int, vocab_size: int, length: int) ->
     if min(lengths) < 0 or max(lengths) > width:
         return f"sizes {lengths} for drafts of {width} tokens"
 
-    def real(values: torch.Tensor) -> Iterator[tuple[int, float]]:
-        """The numbers that are no padding, with their places in their rows."""
-        return chain.from_iterable(enumerate(row[:n]) for row, n in zip(values.tolist(), lengths, strict=True))
+    def real(values: torch.Tensor) -> list[list[Any]]:
+        """The numbers that are no padding."""
+        return [row[:n] for row, n in zip(values.tolist(), lengths, strict=True)]
 
-    if not all(0 <= token < vocab_size for _, token in real(tokens)):
+    if any(row and (min(row) < 0 or max(row) >= vocab_size) for row in real(tokens)):
         return f"token ids outside 0 .. {vocab_size - 1}"
-    if draft.parents is not None and not all(-1 <= parent < k for k, parent in real(draft.parents)):
+    if draft.parents is not None and not all(-1 <= p < k for row in real(draft.parents) for k, p in enumerate(row)):
         return "a draft token that does not come after its parent"
-    if draft.confidence is not None and any(math.isnan(value) for _, value in real(draft.confidence)):
+    if draft.confidence is not None and any(map(math.isnan, chain.from_iterable(real(draft.confidence)))):
         return "confidences that are no numbers"
     if draft.probs is not None:
         if draft.probs.shape != (*tokens.shape, vocab_size):
             return f"probs {list(draft.probs.shape)} beside tokens {list(tokens.shape)} and {vocab_size} token ids"
         (rows,) = together_on_device((tokens.long().clamp(0, vocab_size - 1),), draft.probs.device)
         drawn = draft.probs.gather(2, rows[..., None])[..., 0]
-        if not all(p > 0 for _, p in real(drawn)):
+        if not all(p > 0 for row in real(drawn) for p in row):
             return "a draft token that its own law excludes"
     return None

@@ -84,15 +84,14 @@ def load_of(record: StepRecord, decoding: list[Request], prompts: list[tuple[Req
 
 def note_verdict(record: StepRecord, decoding: list[Request], draft: Draft, keep: Tensor, verdict: Verdict) -> None:
     """What became of the draft, for those who learn."""
-    n, accepted = len(decoding), verdict.accepted
+    n = len(decoding)
     record.request_ids = [r.id for r in decoding]
-    record.drafted = draft.sizes[:n].tolist()
-    record.verified = keep[:n].numpy().sum(1).tolist()
-    record.accepted = accepted[:n].numpy().sum(1).tolist()
-    record.confidence = None if draft.confidence is None else draft.confidence[:n]
-    record.parents = None if draft.parents is None else draft.parents[:n]
-    record.kept, record.accepted_nodes = (x if len(x) == n else x[:n] for x in (keep, accepted))
-    record.chances = None if verdict.chances is None else verdict.chances[:n]
+    record.drafted = draft.sizes.tolist()[:n]
+    record.verified = [sum(row) for row in keep.tolist()[:n]]
+    record.accepted = [sum(row) for row in verdict.accepted.tolist()[:n]]
+    of_all = keep, verdict.accepted, draft.confidence, draft.parents, verdict.chances
+    own = of_all if len(keep) == n else tuple(None if x is None else x[:n] for x in of_all)
+    record.kept, record.accepted_nodes, record.confidence, record.parents, record.chances = own
 
 
 def tell(engine: Engine, record: StepRecord) -> None:

@@ -61,8 +61,7 @@ class FeaturePiece:
         """[num, F]"""
         if self.rows is not None:
             return self.features[on_device(self.rows, self.features.device)]
-        is_all = self.num == len(self.features)
-        return self.features if is_all else self.features[self.first : self.first + self.num]
+        return self.features if self.num == len(self.features) else self.features.narrow(0, self.first, self.num)
 
 
 @dataclass(eq=False)
