@@ -6,6 +6,7 @@ choice that is made with it anticipates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,6 @@ from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
 from dspark.types import Draft, Request
 
 _LOGIT_LIMIT = 8.0
-_LEAST = float(sigmoid(np.array(-LOGIT_LIMIT)))  # confidence
 _UNSTATED = 2.0  # the logit that stands in for a confidence nobody gave: optimistic, or the drafter is never tried
 _SHARED = 3  # coefficients for all positions: logit, the request's own record, offset
 _FLATTEST = 0.2  # slope: a higher confidence never means less
@@ -31,14 +31,29 @@ _MOST_RECORDS = 4096
 class Stated:
     """What is known of draft tokens before they are judged.
 
-    logits  [B, K]  log-odds of the confidences, calibrated offline if that was done
-    place   [B, K]  position from 0, no deeper than there are beliefs about
-    own     [B, 1]  how each request has fared beside others, in log-odds
+    confidence [B, K]  within what the map looks at
+    place [B, K]       position from 0, no deeper than there are beliefs about
+    at                 the same for all that is kept by position: its first K, or as `place` has them
+    own                B log-odds: how each request has fared beside others
     """
 
-    logits: Array
+    confidence: Array
     place: NDArray[np.int64]
-    own: Array
+    at: slice | NDArray[np.int64]
+    own: list[float]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A learner's map, made ready: the odds against a token are ((1 - c) / c)^power · against / e^(own_share · own).
+
+    power, against [positions]; coefficients are those that it was made of
+    """
+
+    coefficients: Array
+    power: Array
+    against: Array
+    own_share: float
 
 
 class AcceptanceMap:
@@ -49,8 +64,18 @@ class AcceptanceMap:
         known = Calibration((1.0,)) if calibration is None else calibration
         places = np.minimum(np.arange(num_positions), len(known.temperatures) - 1)
         self._slopes = 1 / np.array(known.temperatures)[places]
-        self._offsets = np.array(known.offsets or [0.0] * len(known.temperatures))[places]
-        self._in_chains = lru_cache(maxsize=256)(self._at_places_in_chains)
+        offsets = np.array(known.offsets or [0.0] * len(known.temperatures))[places]
+        farthest = _LOGIT_LIMIT + LOGIT_LIMIT * self._slopes
+        self._offsets = np.clip(offsets, -farthest, farthest)
+        # 0 and 1 have no logit, and calibrated logits are bounded as well: both are bounds of the confidence.
+        self._least, self._most, self._unstated = (
+            self._confidence(z) for z in (-_LOGIT_LIMIT, _LOGIT_LIMIT, _UNSTATED)
+        )
+        self._in_chains = lru_cache(maxsize=256)(self._places_in_chains)
+
+    def _confidence(self, calibrated: float) -> Array:
+        """[positions]  confidences whose calibrated logit is the nearest to this."""
+        return sigmoid(np.clip((calibrated - self._offsets) / self._slopes, -LOGIT_LIMIT, LOGIT_LIMIT))
 
     def learner(self, memory: float) -> OnlineLogistic:
         """Before anything is learned: the confidence as it is."""
@@ -62,37 +87,45 @@ class AcceptanceMap:
         high = np.array([4.0, 2.0, 5.0, *[2.0] * k])
         return OnlineLogistic(prior, spread**-2, np.stack([low, high]), memory)
 
-    def read(self, draft: Draft, own: Array) -> Stated:
-        """What the draft says of itself, and own [B, 1]."""
-        shape = tuple(draft.tokens.shape)
+    def read(self, draft: Draft, own: list[float]) -> Stated:
+        """What the draft says of itself, and own (B)."""
+        at: slice | NDArray[np.int64]
         if draft.parents is None:
-            place, slopes, offsets = self._in_chains(shape)
+            place, at = self._in_chains(*draft.tokens.shape)
         else:
-            place, slopes, offsets = self._at(np.minimum(draft.depth.numpy() - 1, self.num_positions - 1))
+            place = at = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
         if draft.confidence is None:
-            return Stated(np.full(shape, _UNSTATED), place, own)
-        # 0 and 1 have no logit; np.clip takes longer than the two
-        confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), _LEAST), 1 - _LEAST)
-        logits = np.log(confidence / (1 - confidence)) * slopes + offsets
-        return Stated(np.minimum(np.maximum(logits, -_LOGIT_LIMIT), _LOGIT_LIMIT), place, own)
+            return Stated(self._unstated[place], place, at, own)
+        # np.clip takes longer than the two
+        confidence = np.minimum(np.maximum(draft.confidence.numpy(), self._least[at]), self._most[at])
+        return Stated(confidence, place, at, own)
 
-    def _at(self, place: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array, Array]:
-        """Places, and the slopes and offsets of the offline calibration there."""
-        return place, self._slopes[place], self._offsets[place]
+    def _places_in_chains(self, num_requests: int, length: int) -> tuple[NDArray[np.int64], slice | NDArray[np.int64]]:
+        row = np.minimum(np.arange(length), self.num_positions - 1)
+        return np.tile(row, (num_requests, 1)), slice(length) if length <= self.num_positions else row
 
-    def _at_places_in_chains(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], Array, Array]:
-        return self._at(np.tile(np.minimum(np.arange(shape[1]), self.num_positions - 1), (shape[0], 1)))
-
-    def apply(self, learner: OnlineLogistic, stated: Stated, rows: Sequence[int] | slice) -> Array:
-        """[rows, K]  P(accepted | ancestors accepted) of these requests' tokens."""
+    def law(self, learner: OnlineLogistic) -> Law:
+        """What the learner has learned, ready for `apply`."""
         slope, offsets, own_share = self.terms(learner)
-        return sigmoid(slope * stated.logits[rows] + offsets[stated.place[rows]] + own_share * stated.own[rows])
+        against = np.exp(-(slope * self._offsets + offsets))
+        return Law(learner.coefficients, slope * self._slopes, against, own_share)
 
-    def features(self, stated: Stated, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
-        """[N, D] such that features · coefficients are the log-odds of these tokens."""
-        x = np.zeros((len(rows), _SHARED + self.num_positions))
-        x[:, 0], x[:, 1], x[:, 2] = stated.logits[rows, columns], stated.own[rows, 0], 1.0
-        x[np.arange(len(rows)), _SHARED + stated.place[rows, columns]] = 1.0
+    def apply(self, laws: Sequence[Law], stated: Stated) -> Array:
+        """[B, K]  P(accepted | ancestors accepted), each request by its law (B)."""
+        power, against = laws[0].power[stated.at], laws[0].against[stated.at]
+        if any(law is not laws[0] for law in laws):
+            each = [(law.power[p], law.against[p]) for law, p in zip(laws, stated.place, strict=True)]
+            power, against = (np.stack(values) for values in zip(*each, strict=True))
+        by_record = [[math.exp(-law.own_share * own)] for law, own in zip(laws, stated.own, strict=True)]
+        odds = ((1 - stated.confidence) / stated.confidence) ** power * against * np.array(by_record)
+        return 1 / (1 + odds)
+
+    def features(self, confidence: Array, place: NDArray[np.int64], own: Array) -> Array:
+        """[N, D] such that features · coefficients are the log-odds of tokens: confidence and place as stated, own [N]."""
+        x = np.zeros((len(place), _SHARED + self.num_positions))
+        x[:, 0] = np.log(confidence / (1 - confidence)) * self._slopes[place] + self._offsets[place]
+        x[:, 1], x[:, 2] = own, 1.0
+        x[np.arange(len(place)), _SHARED + place] = 1.0
         return x
 
     def terms(self, learner: OnlineLogistic) -> tuple[float, Array, float]:
@@ -107,19 +140,16 @@ class OwnRecords:
     def __init__(self) -> None:
         self._records: dict[int, tuple[float, float]] = {}  # request -> (sum of y - p, sum of p (1 - p)), fading
 
-    def offsets(self, requests: Sequence[Request]) -> Array:
-        """[B, 1]  log-odds; 0 of a request that nothing is known of."""
+    def offsets(self, requests: Sequence[Request]) -> list[float]:
+        """B log-odds; 0 of a request that nothing is known of."""
         found = (self._records.get(request.id, (0.0, 0.0)) for request in requests)
-        values = (miss / (evidence + _PRIOR_EVIDENCE) for miss, evidence in found)
-        return np.fromiter(values, np.float64, len(requests))[:, None]
+        return [miss / (evidence + _PRIOR_EVIDENCE) for miss, evidence in found]
 
-    def note(
-        self, requests: Sequence[Request], own: Array, rows: NDArray[np.int64], believed: Array, happened: Array
-    ) -> None:
-        """Judged tokens [N], those of request rows[n]; own are the offsets that `believed` counted in."""
-        misses = np.bincount(rows, happened - believed, len(requests)).tolist()
-        evidence = np.bincount(rows, believed * (1 - believed), len(requests)).tolist()
-        for request, offset, miss, e in zip(requests, own[:, 0].tolist(), misses, evidence, strict=True):
+    def note(self, requests: Sequence[Request], own: Sequence[float], believed: Array, happened: Array) -> None:
+        """Judged tokens [B, K], 0 and 0 where none was; own (B) are the offsets that `believed` counted in."""
+        misses = np.add.reduce(happened - believed, 1).tolist()
+        evidence = np.add.reduce(believed * (1 - believed), 1).tolist()
+        for request, offset, miss, e in zip(requests, own, misses, evidence, strict=True):
             if request.finish_reason is not None:
                 self._records.pop(request.id, None)
             elif e:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspark.budget.acceptance_map import AcceptanceMap, OwnRecords, Stated
+from dspark.budget.acceptance_map import AcceptanceMap, Law, OwnRecords, Stated
 from dspark.budget.calibration import Calibration
 from dspark.budget.online_logistic import Array, OnlineLogistic
 from dspark.budget.prefix_scheduler import parent_survival, survival_of
@@ -70,15 +70,14 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of a step's drafts, until it is learned: N draft tokens [rows, columns] were verified and reached."""
+    """What came of a step's drafts [B, K], until it is learned."""
 
     asked: _Asked
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    happened: Array  # 0 or 1, or how likely it was to happen
-    believed: Array
-    chosen: NDArray[np.bool_] | None  # [B, K] by the scheduler, before whole drafts were drawn
-    drafts: list[int]  # rows with any such token
+    judged: NDArray[np.bool_]  # draft tokens that were verified and reached
+    happened: Array  # of those: 0 or 1, or how likely it was to happen; 0 elsewhere
+    believed: Array  # of those; 0 elsewhere
+    left_out: NDArray[np.bool_] | None  # by the scheduler, before whole drafts were drawn; None: nothing
+    classes: list[str]  # of the drafts with any such token
 
 
 class LiveBeliefs:
@@ -105,6 +104,7 @@ class LiveBeliefs:
         self._own = OwnRecords()
         self._random = np.random.default_rng(seed)
         self._until_whole = self._drafts_to_next_whole() - 1
+        self._laws: dict[str, Law] = {}  # by class
         self._asked: _Asked | None = None
         self._waiting: list[_Outcome] = []
         self._num_waiting = 0  # drafts in them
@@ -118,17 +118,18 @@ class LiveBeliefs:
         """[B, K]  P(token and all its ancestors are accepted); entry k depends on tokens before k only."""
         stated = self.map.read(draft, self._own.offsets(requests))
         classes = [self._class_of(r) for r in requests]
-        if len(set(classes)) == 1:
-            believed = self.map.apply(self.classes[classes[0]], stated, slice(None))
-        else:
-            believed = np.empty(stated.logits.shape)
-            for name in dict.fromkeys(classes):
-                rows = [b for b, other in enumerate(classes) if other == name]
-                believed[rows] = self.map.apply(self.classes[name], stated, rows)
+        believed = self.map.apply([self._law(name) for name in classes], stated)
         self._asked = _Asked(list(requests), [len(r.tokens) for r in requests], classes, stated, believed)
         if draft.parents is None:
             return torch.from_numpy(believed.cumprod(1))
         return survival_of(draft, torch.from_numpy(believed))
+
+    def _law(self, name: str) -> Law:
+        """What is believed of a class of traffic, made ready once after each update."""
+        law, learner = self._laws.get(name), self.classes[name]
+        if law is None or law.coefficients is not learner.coefficients:
+            law = self._laws[name] = self.map.law(learner)
+        return law
 
     def wants_whole(self, num_requests: int) -> Tensor:
         """[B] drafts to verify whole, drawn at random: what they tell is bent by nobody's choice."""
@@ -151,10 +152,10 @@ class LiveBeliefs:
         if record.request_ids != [r.id for r in asked.requests] or not record.kept.shape[1]:
             return
         outcome = self._outcome(asked, record, record.kept, record.accepted_nodes)
-        self._own.note(asked.requests, asked.stated.own, outcome.rows, outcome.believed, outcome.happened)
-        if outcome.drafts:
+        self._own.note(asked.requests, asked.stated.own, outcome.believed, outcome.happened)
+        if outcome.classes:
             self._waiting.append(outcome)
-            self._num_waiting += len(outcome.drafts)
+            self._num_waiting += len(outcome.classes)
         is_new = self.classes[_EVERYONE].num_rounds < _NEW * self.settings.rounds_per_update
         enough = len(self._waiting) >= self.settings.steps_per_update or is_new
         if enough and self._num_waiting >= self.settings.rounds_per_update:
@@ -166,21 +167,30 @@ class LiveBeliefs:
         """Take in the outcomes that have been collected."""
         if not self._waiting:
             return
-        x = np.concatenate([self.map.features(o.asked.stated, o.rows, o.columns) for o in self._waiting])
-        w = np.concatenate([self._weights(o) for o in self._waiting])
-        y, believed = (np.concatenate([getattr(o, f) for o in self._waiting]) for f in ("happened", "believed"))
-        places = np.concatenate([o.asked.stated.place[o.rows, o.columns] for o in self._waiting])
-        rounds = [o.asked.classes[b] for o in self._waiting for b in o.drafts]
-        is_mixed = any(name != _EVERYONE for name in rounds)
-        classes = np.array([o.asked.classes[b] for o in self._waiting for b in o.rows if is_mixed], dtype=object)
-        self._waiting.clear()
-        self._num_waiting = 0
+        waiting, self._waiting, self._num_waiting = self._waiting, [], 0
+        judged = np.concatenate([o.judged for o in waiting], None)
+
+        def of_judged(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate(list(values), None)[judged]
+
+        y, believed = of_judged(o.happened for o in waiting), of_judged(o.believed for o in waiting)
+        places = of_judged(o.asked.stated.place for o in waiting)
+        lengths = [o.judged.shape[1] for o in waiting for _ in o.asked.requests]
+        drafts = np.repeat(np.arange(len(lengths)), lengths)[judged]
+        own = np.array([own for o in waiting for own in o.asked.stated.own])[drafts]
+        x = self.map.features(of_judged(o.asked.stated.confidence for o in waiting), places, own)
+        w = np.ones(len(y))
+        if any(o.left_out is not None for o in waiting):
+            left_out = (np.zeros_like(o.judged) if o.left_out is None else o.left_out for o in waiting)
+            w[of_judged(left_out)] = self._weight_if_drawn
+        rounds = [name for o in waiting for name in o.classes]
         self.running_error.add(places, believed, y)
         w = w * self._fair_share(w)
         if self.classes[_EVERYONE].learn(x, y, w, len(rounds)):
             self._log_alarm(_EVERYONE)
+        classes = np.array([name for o in waiting for name in o.asked.classes], dtype=object)
         for name in dict.fromkeys(name for name in rounds if name != _EVERYONE):
-            rows = classes == name
+            rows = classes[drafts] == name
             if self.classes[name].learn(x[rows], y[rows], w[rows], rounds.count(name)):
                 self._log_alarm(name)
 
@@ -197,28 +207,27 @@ class LiveBeliefs:
         self._logged_at[name] = learner.num_rounds
 
     def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
-        happened, seen = accepted.numpy(), kept.numpy().copy()
+        happened, judged = accepted.numpy(), kept.numpy().copy()
         if record.parents is None:
-            seen[:, 1:] &= happened[:, :-1]
+            judged[:, 1:] &= happened[:, :-1]
         else:
             draft = Draft(kept, kept.sum(1), parents=record.parents)
-            seen &= parent_survival(draft, accepted.double()).numpy() > 0
+            judged &= parent_survival(draft, accepted.double()).numpy() > 0
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
                 depth = Draft(kept, kept.sum(1), parents=record.parents).depth[b].numpy()
-                seen[b] &= depth <= len(request.tokens) - asked.num_tokens[b]
-        rows, columns = np.nonzero(seen)
-        chosen = None if record.chosen is None else record.chosen.numpy()
-        if chosen is not None and record.chosen is not record.kept:
-            self.num_full += int((chosen != kept.numpy()).any(1).sum())
-        labels = _labels(record, rows, columns), asked.believed[rows, columns]
-        return _Outcome(asked, rows, columns, *labels, chosen, sorted({*rows.tolist()}))
-
-    def _weights(self, outcome: _Outcome) -> Array:
-        weights = np.ones(len(outcome.rows))
-        if outcome.chosen is not None:
-            weights[~outcome.chosen[outcome.rows, outcome.columns]] = self._weight_if_drawn
-        return weights
+                judged[b] &= depth <= len(request.tokens) - asked.num_tokens[b]
+        left_out = None
+        if record.chosen is not None and record.chosen is not kept:
+            left_out = kept.numpy() & ~record.chosen.numpy()
+            self.num_full += int(left_out.any(1).sum())
+        if record.chances is not None:  # where known, the same on average and less of a gamble
+            chances = record.chances.numpy()
+            happened = np.where(np.isnan(chances), happened, chances)
+        happened, believed = np.where(judged, happened, 0.0), np.where(judged, asked.believed, 0.0)
+        has_any = np.logical_or.reduce(judged, 1).tolist()
+        classes = [name for name, is_judged in zip(asked.classes, has_any, strict=True) if is_judged]
+        return _Outcome(asked, judged, happened, believed, left_out, classes)
 
     @property
     def _weight_if_drawn(self) -> float:
@@ -319,13 +328,3 @@ class LiveBeliefs:
                 "they are learned anew"
             ) from error
         self.classes = learners
-
-
-def _labels(record: StepRecord, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
-    """[N]  what came of these tokens; how likely that was, where it is known, is the same on average and less of a gamble."""
-    assert record.accepted_nodes is not None
-    happened = record.accepted_nodes.numpy()[rows, columns].astype(np.float64)
-    if record.chances is None:
-        return happened
-    chances = record.chances.numpy()[rows, columns]
-    return np.where(np.isnan(chances), happened, chances)
