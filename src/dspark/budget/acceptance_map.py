@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,7 @@ _RECORD_FADE = 0.97  # a round
 _MOST_RECORDS = 4096
 
 
-@dataclass(frozen=True)
-class Stated:
+class Stated(NamedTuple):
     """What is known of draft tokens before they are judged.
 
     confidence [B, K]  within what the map looks at
@@ -43,8 +42,7 @@ class Stated:
     own: list[float]
 
 
-@dataclass(frozen=True)
-class Law:
+class Law(NamedTuple):
     """A learner's map, made ready: the odds against a token are ((1 - c) / c)^power · against / e^(own_share · own).
 
     power, against [positions]; coefficients are those that it was made of

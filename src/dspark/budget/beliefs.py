@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +57,7 @@ class LiveSettings:
     most_classes: int = 16
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What was believed of a draft, until its outcome is known."""
 
     requests: list[Request]
@@ -68,8 +67,7 @@ class _Asked:
     believed: Array  # [B, K]
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What came of a step's drafts [B, K], until it is learned."""
 
     asked: _Asked

@@ -34,6 +34,7 @@ _SO_OFTEN = 5
 _LARGEST = 1e12  # tokens or seconds: more is nothing that anybody measured
 _KNOTS = np.array([*range(1, 9), *(round(8 * 2 ** (k / 4)) for k in range(1, 41))], dtype=float)  # 1 .. 8192
 _KNOT_LIST = _KNOTS.tolist()
+_GAPS = np.diff(_KNOTS)
 _NUM_SMOOTH = 6  # terms before the ramps
 
 
@@ -73,6 +74,15 @@ class Place:
         return self.median if self.num == _MEDIAN_OF else self.expected
 
 
+class _Table(NamedTuple):
+    """Seconds at each knot without context, and per context token, at speed 1; and the same as lists."""
+
+    flat: Floats
+    per_context: Floats
+    flat_list: list[float]
+    per_context_list: list[float]
+
+
 class _Measured(NamedTuple):
     """Of all places with about so many requests, beside what the terms say of them.
 
@@ -105,7 +115,7 @@ class CostCurve:
         self._fitted_at, self._fit_after = 0, 1
         self._by_size = np.zeros(0)  # what the terms of size say at each knot
         # Since the fit, by requests and place of context, and what was measured by place of requests.
-        self._tables: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._tables: dict[tuple[int, int], _Table] = {}
         self._measured: dict[int, _Measured | None] = {}
 
     @property
@@ -153,18 +163,18 @@ class CostCurve:
         """[n]  seconds of steps of these sizes [n]; all 1 while nothing is known."""
         if not len(self._weights):
             return np.ones(len(sizes))
-        flat, per_context = self._at_knots(requests, context)
+        flat, per_context, _, _ = self._at_knots(requests, context)
         return np.maximum(np.interp(sizes, _KNOTS, flat + context * per_context) * self.speed, _LEAST_SECONDS)
 
     def seconds_of(self, size: int, requests: int, context: int) -> float:
         """The same for one step, without arrays: it is asked several times a step."""
         if not len(self._weights):
             return 1.0
-        flat, per_context = self._at_knots(requests, context)
+        _, _, flat, per_context = self._at_knots(requests, context)
         right = min(max(1, bisect_left(_KNOT_LIST, size)), len(_KNOT_LIST) - 1)
-        low, high = _KNOT_LIST[right - 1 : right + 1]
-        share = min(max(0.0, (size - low) / (high - low)), 1.0)
-        below, above = (float(flat[k] + context * per_context[k]) for k in (right - 1, right))
+        left = right - 1
+        share = min(max(0.0, (size - _KNOT_LIST[left]) / (_KNOT_LIST[right] - _KNOT_LIST[left])), 1.0)
+        below, above = flat[left] + context * per_context[left], flat[right] + context * per_context[right]
         return max((below + share * (above - below)) * self.speed, _LEAST_SECONDS)
 
     def fit(self) -> None:
@@ -217,8 +227,10 @@ class CostCurve:
             return False
         if place is None:
             believed = self.seconds_of(size, requests, context)
-        else:
+        elif seconds > _ABSURD * min(place.seconds) * self.speed:  # hardly ever, and sooner said than the median
             believed = place.median * self.speed
+        else:
+            believed = seconds
         self._num_absurd = self._num_absurd + 1 if seconds > _ABSURD * believed else 0
         return 0 < self._num_absurd < _SO_OFTEN
 
@@ -266,12 +278,14 @@ class CostCurve:
         self._recent.clear()
         return True
 
-    def _at_knots(self, requests: int, context: int) -> tuple[Floats, Floats]:
-        """Seconds at each knot without context, and per context token, at speed 1; straight lines lie between them."""
+    def _at_knots(self, requests: int, context: int) -> _Table:
+        """What is believed at each knot; straight lines lie between them."""
         key = requests, _context_place(context)
-        if key not in self._tables:
-            self._tables[key] = self._table(*key)
-        return self._tables[key]
+        table = self._tables.get(key)
+        if table is None:
+            flat, per_context = self._table(*key)
+            table = self._tables[key] = _Table(flat, per_context, flat.tolist(), per_context.tolist())
+        return table
 
     def _table(self, requests: int, context_place: int) -> tuple[Floats, Floats]:
         w = self._weights
@@ -357,7 +371,7 @@ def nonnegative_least_squares(gram: Floats, moment: Floats, start: Floats) -> Fl
 
 def _terms(sizes: Floats, requests: Floats, context: Floats) -> Floats:
     """[n, terms]: base, size, more than one request, requests, context, attended pairs, and the ramps."""
-    ramps = np.clip((sizes[:, None] - _KNOTS[:-1]) / np.diff(_KNOTS), 0.0, 1.0)
+    ramps = np.clip((sizes[:, None] - _KNOTS[:-1]) / _GAPS, 0.0, 1.0)
     pairs = context * sizes / requests
     many = (requests > 1).astype(float)
     columns = [np.ones(len(sizes)), sizes / 32, many, requests / 32, context / 4096, pairs / 4096]

@@ -19,6 +19,7 @@ _LATELY = 64  # drafts
 _LIKE_OTHERS = 4.0  # drafts of others that count beside a request's own, or the luckiest would be taken for the best
 _OTHERS = 24  # requests drafted for last, by which others of their kind are judged
 _OTHERS_HALF_LIFE = 8.0  # requests
+_BY_AGE = [0.5 ** (age / _OTHERS_HALF_LIFE) for age in range(_OTHERS)]
 _STALE = 0.25  # what a request counts whose drafts are older than the memory
 _LONG_RUN = 12  # drafts
 _TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
@@ -34,12 +35,12 @@ class _Fare:
     num: int = 0
     promise: float = 0.0
 
-    def add(self, now: int, row: Floats, memory: int) -> None:
+    def add(self, now: int, row: Floats, promised: float, memory: int) -> None:
         if self.rows and now - self.rows[-1][0] > memory:
             self.num = 0
         self.rows.append((now, row))
         self.num += 1
-        self.promise += (float(row.sum()) - self.promise) / min(self.num, _LONG_RUN)
+        self.promise += (promised - self.promise) / min(self.num, _LONG_RUN)
 
 
 class Fares:
@@ -66,16 +67,18 @@ class Fares:
     def learn(self, now: int, record: StepRecord, asked: Set[int], kinds: dict[int, Hashable]) -> None:
         """Of a step: the requests that were drafted for (asked), and their kinds."""
         nothing = np.zeros((len(record.request_ids), 1))
-        survival = nothing if record.survival is None else record.survival.double().numpy()
+        survival = nothing if record.survival is None else record.survival.numpy().astype(np.float64)
         promised = nothing if record.kept is None else survival * record.kept.numpy()
+        of_whole, of_kept = np.add.reduce(survival, 1).tolist(), np.add.reduce(promised, 1).tolist()
         for b, request_id in enumerate(record.request_ids):
             if request_id not in asked:
                 continue
             kind, has_found = kinds.get(request_id), record.drafted[b] > 0
             _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
             if has_found:
-                self._remember(now, request_id, kind, survival[b].copy())  # a view would keep the whole step's
-                _count(self._trust, kind, record.accepted[b], float(promised[b].sum()), _TRUST_PRIOR)
+                row = survival[b].copy()  # a view would keep the whole step's
+                self._remember(now, request_id, kind, row, of_whole[b])
+                _count(self._trust, kind, record.accepted[b], of_kept[b], _TRUST_PRIOR)
 
     def trust(self, kind: Hashable = None) -> float:
         """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
@@ -97,7 +100,9 @@ class Fares:
         num = max(1, self._num_remembered // len(request_ids))
         since = now - self._memory
         pool = [row for _, row in self._lately] or [np.zeros(1)]
-        samples = np.zeros((num, len(request_ids), max(map(len, pool))))
+        width = max(map(len, pool))
+        samples = np.zeros((len(request_ids), num, width))
+        rows: list[Floats] = []
         usual = {kind: self._usual(now, kind) for kind in {*kinds}}
         long_run = np.array([usual[kind] for kind in kinds])
         for b, request_id in enumerate(request_ids):
@@ -107,10 +112,11 @@ class Fares:
             if fare is not None and own:
                 num_own = min(fare.num, _LONG_RUN)
                 long_run[b] = (num_own * fare.promise + _LIKE_OTHERS * long_run[b]) / (num_own + _LIKE_OTHERS)
-            for n in range(num):
-                row = own[n] if n < len(own) else pool[-1 - (b + n) % len(pool)]
-                length = min(len(row), samples.shape[2])
-                samples[n, b, :length] = row[:length]
+            rows += (row[:width] for row in own)
+            rows += (pool[-1 - (b + n) % len(pool)] for n in range(len(own), num))
+        lengths = np.array([len(row) for row in rows]).reshape(len(request_ids), num, 1)
+        samples[np.arange(width) < lengths] = np.concatenate(rows)
+        samples = samples.swapaxes(0, 1)
         promised = np.maximum(samples.sum(2).mean(0), 1e-9)
         trust = np.array([self.trust(kind) for kind in kinds])
         return np.minimum(samples * (trust * long_run / promised)[:, None], 1.0)
@@ -122,17 +128,17 @@ class Fares:
         total = weights = 0.0
         for age, fare in enumerate(alike):
             num = min(fare.num, _LONG_RUN)
-            weight = 0.5 ** (age / _OTHERS_HALF_LIFE) * num / (num + _LIKE_OTHERS)
+            weight = _BY_AGE[age] * num / (num + _LIKE_OTHERS)
             if now - fare.rows[-1][0] > self._memory:
                 weight *= _STALE
             total, weights = total + weight * fare.promise, weights + weight
         return total / weights if weights else 0.0
 
-    def _remember(self, now: int, request_id: int, kind: Hashable, row: Floats) -> None:
+    def _remember(self, now: int, request_id: int, kind: Hashable, row: Floats, promised: float) -> None:
         if request_id not in self._by_request:
             rows: deque[tuple[int, Floats]] = deque(maxlen=self._num_remembered)
             self._by_request[request_id] = _Fare(rows, kind)
-        self._by_request[request_id].add(now, row, self._memory)
+        self._by_request[request_id].add(now, row, promised, self._memory)
         self._by_request.move_to_end(request_id)
         if len(self._by_request) > _MOST_REQUESTS:
             self._by_request.popitem(last=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -139,19 +140,14 @@ class Guard:
             self.reason = "cost"
             self._refused.clear()
             return self._probes(request_ids, everyone)
-        are_few = _about(len(request_ids)) < _about(load.num_requests)
-        if not self.is_drafting and are_few and self._now < self._decided_at + _HOLDS:
+        is_held = not self.is_drafting and self._now < self._decided_at + _HOLDS
+        if is_held and _about(len(request_ids)) < _about(load.num_requests):
             # While others read their prompts, drafts for so few may pay; but the others decode in the next step.
             self.reason = "cost"
             return []
-        # Every mix that is told from others is one more chance to be wrong about.
-        are_known = 2 * sum(i in self.fares for i in request_ids) >= len(everyone)
-        mix = (
-            _about(load.num_requests),
-            frozenset(self._kinds.values()),
-            None if are_known else _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
-        )
+        mix = None if self.is_drafting else self._mix(request_ids, load)
         if self._is_due(request_ids, load.num_requests, mix):
+            mix = mix or self._mix(request_ids, load)
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
             return self._rest(request_ids, mix)
@@ -162,6 +158,15 @@ class Guard:
             self.reason = "difficulty"
             rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
         return sorted(rows)
+
+    def _mix(self, request_ids: Sequence[int], load: Load) -> Hashable:
+        """What a refusal is true of: every mix that is told from others is one more chance to be wrong about."""
+        are_known = 2 * sum(i in self.fares for i in request_ids) >= len(request_ids)
+        return (
+            _about(load.num_requests),
+            frozenset(self._kinds.values()),
+            None if are_known else _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
+        )
 
     def _reconsider(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> None:
         if self._decided_for != _about(load.num_requests):
@@ -315,10 +320,8 @@ class Guard:
 
     def _recent_mean(self, values: Floats) -> float:
         """Of values [n], newest first."""
-        if len(values) == 1:
-            return float(values[0])
-        weights = 0.5 ** (np.arange(len(values)) / self.settings.half_life)
-        return float(weights @ values / weights.sum())
+        weights = _recency(len(values), self.settings.half_life)
+        return float(weights @ values)
 
     def _probes(self, request_ids: Sequence[int], left_out: Sequence[int]) -> list[int]:
         """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
@@ -333,6 +336,13 @@ class Guard:
         rows = oldest if self._probes_all else oldest[: _num_probed(len(left_out))]
         self._probed = {request_ids[b] for b in rows}
         return rows
+
+
+@lru_cache(maxsize=64)
+def _recency(num: int, half_life: float) -> Floats:
+    """Weights [num] of drafts, newest first."""
+    weights = 0.5 ** (np.arange(num) / half_life)
+    return weights / weights.sum()
 
 
 def _without_prompts(load: Load) -> Load:

@@ -7,7 +7,9 @@ timed last look dear. The ratio of neighbours does not know how fast the machine
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -45,12 +47,20 @@ class _Pair(NamedTuple):
     asked: float  # requests that they drafted for
 
 
+class _Columns(NamedTuple):
+    """Pairs of a kind, by rising tokens."""
+
+    ratios: NDArray[np.float64]
+    sizes: NDArray[np.int64]  # 0 for a plain step, then what the drafted ones read
+    asked: float  # on average
+
+
 class SideBySide:
     """Pairs of a plain step and one with drafts, by the number of requests and the share of them that was drafted for."""
 
     def __init__(self) -> None:
         self._pairs: dict[_Kind, deque[_Pair]] = {}
-        self._columns: dict[_Kind, NDArray[np.float64]] = {}  # the same as arrays, by rising tokens, for who asks
+        self._columns: dict[_Kind, _Columns] = {}  # the same for who asks
         self._kind: _Kind | None = None  # of the last steps
         self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for one right after another kind
         self._before: tuple[_Kind | None, deque[_Step]] = (None, deque())  # the run of another kind before this one
@@ -104,13 +114,12 @@ class SideBySide:
         n = round(2 ** (nearest.requests / 2)) if distance else load.num_requests
         context = round(load.context_tokens * n / load.num_requests)
         if nearest not in self._columns:
-            self._columns[nearest] = np.array(sorted(self._pairs[nearest], key=lambda pair: pair.tokens)).T
-        ratios, tokens, asked = self._columns[nearest]
-        num_asked = max(1, round(float(asked.sum()) / len(asked)))
-        sizes = np.maximum(np.concatenate([[n], tokens.round()]).astype(np.int64), n)
-        plain, *drafted = capacity.seconds(sizes, n, context)
+            self._columns[nearest] = _columns(self._pairs[nearest])
+        ratios, sizes, asked = self._columns[nearest]
+        num_asked = max(1, round(asked))
+        seconds = capacity.seconds(np.maximum(sizes, n), n, context)
         drafting = capacity.draft_seconds(num_asked, round(context * min(1.0, num_asked / n)))
-        errors = np.sort(ratios - np.log((np.array(drafted) + drafting) / plain)).tolist()
+        errors = sorted((ratios - np.log((seconds[1:] + drafting) / seconds[0])).tolist())
         cut, num = (len(errors) + 2) // 5, len(errors)
         middle = errors[cut : num - cut]
         return math.exp(sum(middle) / len(middle) * num / (num + _PRIOR * (1 + distance)))
@@ -133,5 +142,10 @@ def _kind(num_requests: int, num_asked: int) -> _Kind:
     return _Kind(round(2 * math.log2(num_requests)), halvings)
 
 
+def _columns(pairs: Iterable[_Pair]) -> _Columns:
+    ratios, tokens, asked = zip(*sorted(pairs, key=lambda pair: pair.tokens), strict=True)
+    return _Columns(np.array(ratios), np.array([0, *map(round, tokens)]), sum(asked) / len(asked))
+
+
 def _median(steps: list[_Step]) -> float:
-    return float(np.median([s.seconds for s in steps]))
+    return statistics.median(s.seconds for s in steps)
