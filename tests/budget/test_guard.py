@@ -234,7 +234,7 @@ def test_while_it_is_off_new_requests_among_known_ones_are_no_new_question():
     decide, guard._decide = guard._decide, lambda ids, load: (decided.append(guard._now), decide(ids, load))
     for num_known in range(8, 3, -1):
         for request_id in range(10 * num_known, 11 * num_known):
-            guard.fares._remember(guard._now, request_id, None, np.full(7, 0.01), 0.07)
+            guard.fares._remember(guard._now, request_id, None, np.full(7, 0.01))
         guard.choose([*range(10 * num_known, 10 * num_known + 8)], Load(8, 8, 800))
         guard.choose([*range(10 * num_known, 10 * num_known + 8)], Load(8, 8, 800))
     assert len(decided) == 1
@@ -245,7 +245,7 @@ def test_it_does_not_start_for_a_few_while_others_read_their_prompts():
     guard = Guard(Machine(per_token=1.0, per_draft=0.1, base=4.0))
     guard._num_judged, guard.is_drafting, guard._last_probe, guard._now = 24, False, 9, 20
     for request_id in range(8):
-        guard.fares._remember(20, request_id, None, np.full(7, 0.7), 4.9)
+        guard.fares._remember(20, request_id, None, np.full(7, 0.7))
     assert guard.choose([0, 1], Load(482, 8, 200, 0.0, 480)) == [] and not guard.is_drafting
     assert guard.choose([*range(8)], Load(8, 8, 800)) == [] and not guard.is_drafting
     assert guard.choose([0, 1], Load(2, 2, 200)) == [0, 1]
@@ -371,7 +371,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("dspark.budget.fares._MOST_REQUESTS", 10)
     fares = Fares(num_remembered=24, memory=200)
     for i in range(50):
-        fares._remember(i, i, None, np.ones(7), 7.0)
+        fares._remember(i, i, None, np.ones(7))
     assert len(fares._by_request) == 10 and len(fares._lately) <= 64
 
 

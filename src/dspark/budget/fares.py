@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, compress, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,17 +30,17 @@ _COUNT_MEMORY = 400.0  # of them
 class _Fare:
     """One request's drafts: (step, survival) of the last ones, how many count, and accepted tokens promised by each."""
 
-    rows: deque[tuple[int, Floats]]
+    rows: deque[tuple[int, Sequence[float]]]
     kind: Hashable = None
     num: int = 0
     promise: float = 0.0
 
-    def add(self, now: int, row: Floats, promised: float, memory: int) -> None:
+    def add(self, now: int, row: Sequence[float], memory: int) -> None:
         if self.rows and now - self.rows[-1][0] > memory:
             self.num = 0
         self.rows.append((now, row))
         self.num += 1
-        self.promise += (promised - self.promise) / min(self.num, _LONG_RUN)
+        self.promise += (sum(row) - self.promise) / min(self.num, _LONG_RUN)
 
 
 class Fares:
@@ -53,7 +53,7 @@ class Fares:
     def __init__(self, num_remembered: int, memory: int) -> None:
         self._num_remembered, self._memory = num_remembered, memory
         self._by_request: OrderedDict[int, _Fare] = OrderedDict()
-        self._lately: deque[tuple[int, Floats]] = deque(maxlen=_LATELY)
+        self._lately: deque[tuple[int, Sequence[float]]] = deque(maxlen=_LATELY)
         self._trust: dict[Hashable, tuple[float, float]] = {}  # by kind: draft tokens accepted, and promised
         self._found: dict[Hashable, tuple[float, float]] = {}  # by kind: drafts that had a token, and all asked for
 
@@ -66,19 +66,17 @@ class Fares:
 
     def learn(self, now: int, record: StepRecord, asked: Set[int], kinds: dict[int, Hashable]) -> None:
         """Of a step: the requests that were drafted for (asked), and their kinds."""
-        nothing = np.zeros((len(record.request_ids), 1))
-        survival = nothing if record.survival is None else record.survival.numpy().astype(np.float64)
-        promised = nothing if record.kept is None else survival * record.kept.numpy()
-        of_whole, of_kept = np.add.reduce(survival, 1).tolist(), np.add.reduce(promised, 1).tolist()
+        nothing = [[0.0]] * len(record.request_ids)
+        survival: list[list[float]] = nothing if record.survival is None else record.survival.tolist()
+        kept = nothing if record.kept is None else record.kept.tolist()
         for b, request_id in enumerate(record.request_ids):
             if request_id not in asked:
                 continue
             kind, has_found = kinds.get(request_id), record.drafted[b] > 0
             _count(self._found, kind, has_found, 1, _FOUND_PRIOR)
             if has_found:
-                row = survival[b].copy()  # a view would keep the whole step's
-                self._remember(now, request_id, kind, row, of_whole[b])
-                _count(self._trust, kind, record.accepted[b], of_kept[b], _TRUST_PRIOR)
+                self._remember(now, request_id, kind, survival[b])
+                _count(self._trust, kind, record.accepted[b], sum(compress(survival[b], kept[b])), _TRUST_PRIOR)
 
     def trust(self, kind: Hashable = None) -> float:
         """Accepted draft tokens for each that beliefs had promised, lately, to requests of this kind."""
@@ -99,10 +97,10 @@ class Fares:
         """
         num = max(1, self._num_remembered // len(request_ids))
         since = now - self._memory
-        pool = [row for _, row in self._lately] or [np.zeros(1)]
+        pool = [row for _, row in self._lately] or [[0.0]]
         width = max(map(len, pool))
         samples = np.zeros((len(request_ids), num, width))
-        rows: list[Floats] = []
+        rows: list[Sequence[float]] = []
         usual = {kind: self._usual(now, kind) for kind in {*kinds}}
         long_run = np.array([usual[kind] for kind in kinds])
         for b, request_id in enumerate(request_ids):
@@ -115,7 +113,7 @@ class Fares:
             rows += (row[:width] for row in own)
             rows += (pool[-1 - (b + n) % len(pool)] for n in range(len(own), num))
         lengths = np.array([len(row) for row in rows]).reshape(len(request_ids), num, 1)
-        samples[np.arange(width) < lengths] = np.concatenate(rows)
+        samples[np.arange(width) < lengths] = [*chain.from_iterable(rows)]
         samples = samples.swapaxes(0, 1)
         promised = np.maximum(samples.sum(2).mean(0), 1e-9)
         trust = np.array([self.trust(kind) for kind in kinds])
@@ -134,11 +132,11 @@ class Fares:
             total, weights = total + weight * fare.promise, weights + weight
         return total / weights if weights else 0.0
 
-    def _remember(self, now: int, request_id: int, kind: Hashable, row: Floats, promised: float) -> None:
+    def _remember(self, now: int, request_id: int, kind: Hashable, row: Sequence[float]) -> None:
         if request_id not in self._by_request:
-            rows: deque[tuple[int, Floats]] = deque(maxlen=self._num_remembered)
+            rows: deque[tuple[int, Sequence[float]]] = deque(maxlen=self._num_remembered)
             self._by_request[request_id] = _Fare(rows, kind)
-        self._by_request[request_id].add(now, row, promised, self._memory)
+        self._by_request[request_id].add(now, row, self._memory)
         self._by_request.move_to_end(request_id)
         if len(self._by_request) > _MOST_REQUESTS:
             self._by_request.popitem(last=False)

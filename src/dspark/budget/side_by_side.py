@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -137,6 +138,7 @@ class SideBySide:
         self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked))
 
 
+@lru_cache(maxsize=1024)
 def _kind(num_requests: int, num_asked: int) -> _Kind:
     halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
     return _Kind(round(2 * math.log2(num_requests)), halvings)
