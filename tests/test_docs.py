@@ -88,3 +88,17 @@ def test_commands_are_understood(page: Path, capsys: pytest.CaptureFixture[str])
 def test_there_are_commands_to_check() -> None:
     shown = [command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))]
     assert len(shown) > 40 and len({command.split()[1] for command in shown}) > 10
+
+
+def test_every_recipe_of_the_pair_starts_from_what_another_has_made() -> None:
+    """Where `start_from` looks is where a command of the page has put it."""
+    page, made = ROOT / "recipes" / "tiny" / "README.md", set[str]()
+    for line in re.findall(r"^ {4}((?:dspark|python) .*--out .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        out = re.findall(r"--out (\S+)", line)[0]
+        made |= {f"{out}/{name}" for name in re.findall(r"recipes/tiny/([\w-]+)\.toml", line)} | {out}
+    wanted = {
+        start
+        for recipe in page.parent.glob("*.toml")
+        for start in re.findall(r'^start_from = "(.*)"', recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(wanted) > 5 and wanted <= made
