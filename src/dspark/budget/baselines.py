@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dspark.budget.prefix_scheduler import falling_survival, survival_of
 from dspark.budget.raw_beliefs import RawBeliefs
-from dspark.budget.throughput import StepCost, best_count, by_survival, keep_first, seconds_of_step
+from dspark.budget.throughput import StepCost, best_count, by_survival, keep_all, seconds_of_step
 from dspark.types import Draft, Load, StepRecord
 
 
@@ -60,5 +60,5 @@ class StartupTable:
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         if draft.confidence is not None:
             survival = falling_survival(draft, survival_of(draft, draft.confidence))
-        order, falling = by_survival(survival)
-        return keep_first(survival, order, best_count(self, len(survival), falling, load))
+        tokens = by_survival(survival)
+        return keep_all(survival, tokens[: best_count(self, len(survival), tokens, load)])

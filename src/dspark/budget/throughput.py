@@ -8,6 +8,9 @@ expected to commit more. What differs is where they stop.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate, pairwise, takewhile
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +22,9 @@ from dspark.types import Draft, Load
 
 Floats = NDArray[np.float64]
 
-_NOTHING = np.zeros(1)
+# A draft token: its believed survival, its place in its request's draft, and its request. Lists of them, because drafts
+# have few, which arrays would take longer over.
+Token = tuple[float, int, int]
 
 
 class StepCost(Protocol):
@@ -32,25 +37,15 @@ class StepCost(Protocol):
         ...
 
 
-def by_survival(survival: Tensor) -> tuple[NDArray[np.int64], Floats]:
-    """Draft tokens with a chance, likeliest first: indices into survival.T.flatten(), and how likely they are.
+def by_survival(survival: Tensor) -> list[Token]:
+    """Draft tokens with a chance, likeliest first.
 
-    In that order the shallower, then the earlier request comes first among equals, as Algorithm 1 would pop them.
+    Among equals the shallower, then the earlier request comes first, as Algorithm 1 would pop them.
     """
-    flat = survival.numpy().T.ravel()
-    order = (-flat).argsort(kind="stable")
-    falling = flat[order].astype(np.float64, copy=False)
-    if len(falling) and falling[-1] > 0:
-        return order, falling
-    num_possible = int(np.count_nonzero(falling > 0))
-    return order[:num_possible], falling[:num_possible]
-
-
-def committed(num_requests: int, falling: Floats) -> Floats:
-    """[n + 1]  tokens that a step is expected to commit when the first 0 .. n of these draft tokens are verified."""
-    expected = np.concatenate((_NOTHING, falling)).cumsum()
-    expected += num_requests
-    return expected
+    places = enumerate(zip(*survival.tolist(), strict=True))
+    tokens = [(chance, k, b) for k, column in places for b, chance in enumerate(column) if chance > 0]
+    tokens.sort(key=itemgetter(0), reverse=True)
+    return tokens
 
 
 def seconds_of_step(cost: StepCost, load: Load, num_drafted: int) -> Floats:
@@ -70,12 +65,19 @@ def seconds_of_step(cost: StepCost, load: Load, num_drafted: int) -> Floats:
     return seconds + load.draft_seconds
 
 
-def keep_first(survival: Tensor, order: NDArray[np.int64], count: int) -> Tensor:
-    """keep [B, K] of the first `count` of by_survival's order."""
-    num_requests, length = survival.shape
-    flat = np.zeros(num_requests * length, dtype=bool)
-    flat[order[:count]] = True
-    return torch.from_numpy(flat.reshape(length, num_requests).T.copy())
+def rates(cost: StepCost, num_requests: int, tokens: Sequence[Token], load: Load) -> list[float]:
+    """(n + 1)  committed tokens per second to expect when the first 0 .. n of these draft tokens are verified."""
+    committed = accumulate((chance for chance, _, _ in tokens), initial=float(num_requests))
+    seconds = seconds_of_step(cost, load, len(tokens)).tolist()
+    return [number / time for number, time in zip(committed, seconds, strict=True)]
+
+
+def keep_all(survival: Tensor, tokens: Sequence[Token]) -> Tensor:
+    """keep [B, K], as survival, of these tokens."""
+    keep = np.zeros(survival.shape, dtype=bool)
+    for _, k, b in tokens:
+        keep[b, k] = True
+    return torch.from_numpy(keep)
 
 
 class Optimal:
@@ -90,8 +92,8 @@ class Optimal:
         self.cost = cost
 
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
-        order, falling = by_survival(survival)
-        return keep_first(survival, order, best_count(self.cost, len(survival), falling, load))
+        tokens = by_survival(survival)
+        return keep_all(survival, tokens[: best_count(self.cost, len(survival), tokens, load)])
 
 
 class EarlyStop:
@@ -107,10 +109,10 @@ class EarlyStop:
         self.cost = cost
 
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
-        order, falling = by_survival(survival)
-        rate = committed(len(survival), falling) / seconds_of_step(self.cost, load, len(falling))
-        drops = rate[1:] <= rate[:-1]
-        return keep_first(survival, order, int(drops.argmax()) if drops.any() else len(falling))
+        tokens = by_survival(survival)
+        steps = pairwise(rates(self.cost, len(survival), tokens, load))
+        admitted = takewhile(lambda step: step[1] > step[0], steps)
+        return keep_all(survival, tokens[: sum(1 for _ in admitted)])
 
 
 class Lagged:
@@ -129,18 +131,19 @@ class Lagged:
         self._tokens_per_request: deque[float] = deque(maxlen=self._LAG)
 
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
-        order, falling = by_survival(survival)
+        tokens = by_survival(survival)
         if not survival.numel():
-            return keep_first(survival, order, 0)
+            return keep_all(survival, ())
         is_known = len(self._tokens_per_request) == self._LAG
-        count = round(self._tokens_per_request[0] * len(survival)) if is_known else len(falling)
-        optimum = best_count(self.cost, len(survival), falling, load)
+        count = round(self._tokens_per_request[0] * len(survival)) if is_known else len(tokens)
+        optimum = best_count(self.cost, len(survival), tokens, load)
         self._tokens_per_request.append(optimum / len(survival))
-        return keep_first(survival, order, min(count, len(falling)))
+        return keep_all(survival, tokens[:count])
 
 
-def best_count(cost: StepCost, num_requests: int, falling: Floats, load: Load) -> int:
+def best_count(cost: StepCost, num_requests: int, tokens: Sequence[Token], load: Load) -> int:
     """How many of these draft tokens give the most committed tokens per second; of equals the fewest."""
-    if not len(falling):
+    if not tokens:
         return 0
-    return int((committed(num_requests, falling) / seconds_of_step(cost, load, len(falling))).argmax())
+    rate = rates(cost, num_requests, tokens, load)
+    return rate.index(max(rate))
