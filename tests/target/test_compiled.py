@@ -67,8 +67,8 @@ def test_steady_state_compiles_nothing(
     target, layers = pair.target, (0, -1)
     assert target.compile(layers)
     assert counters["stats"]["unique_graphs"] == 3
-    of_one_request = {name: [1] for name in ("slots", "starts", "queries", "inside", "firsts", "ids", "positions")}
-    assert fixed_sizes(traced[1]) == of_one_request and fixed_sizes(traced[2]) == {"ids": [1], "positions": [1]}
+    of_one_request = {name: [1] for name in ("slots", "starts", "queries", "inside", "firsts")}
+    assert fixed_sizes(traced[1]) == of_one_request and fixed_sizes(traced[2]) == {}
     run_eagerly, eagerly = target._eager, list[torch.Tensor]()
 
     def note(token_ids: torch.Tensor, *others: Any, **options: Any) -> Any:

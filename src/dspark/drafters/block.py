@@ -130,7 +130,8 @@ class BlockDrafter:
             tokens = tokens[order]
             confidence = None if confidence is None else confidence[order]
             probs = None if probs is None else probs[order]
-        return Draft(tokens, torch.full((len(requests),), self.length), confidence, probs=probs)
+        (sizes,) = columns_on_device([[self.length] * len(requests)], torch.device("cpu"))
+        return Draft(tokens, sizes, confidence, probs=probs)
 
     def able(self, requests: Sequence[Request]) -> list[int]:
         """Places of the requests that it can draft for: all."""
@@ -188,11 +189,11 @@ class BlockDrafter:
         positions = [p for run in runs for p in run]
         features = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else self.model.fc.weight[:0]
         most = size * (self.block_size + 1)
-        if for_graph and 0 < len(positions) < most:
+        if for_graph and 0 < len(positions) <= most:
             # The first piece once more, as often as is missing: writing the same to the same slot does nothing.
             missing = most - len(positions)
             positions, rows, slots = (values[:1] * missing + values for values in (positions, rows, slots))
-            features = torch.cat([features[:1].expand(missing, -1), features])
+            features = features.index_select(0, _first_again(missing, most, features.device))
         starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
         anchors, chosen = [r.tokens[-1] for r in requests], [self.rows.row(i) for i in ids]
         places = columns_on_device([positions, rows, slots, anchors, starts, visible, chosen], self.device)
@@ -203,14 +204,14 @@ class BlockDrafter:
             ends = places[5][:, None, None, None] + self.block_size
             mask.masked_fill_(torch.arange(num_slots, device=self.device) >= ends, float("-inf"))
         return Step(
-            features=features.to(self.dtype),
+            features=features if features.dtype == self.dtype else features.to(self.dtype),
             positions=places[0],
             rows=places[1],
             slots=places[2],
             anchors=places[3],
             starts=places[4],
             visible=places[5],
-            chosen=None if self.rows.is_prefix(ids) and not (for_graph and self._finds_rows) else places[6],
+            chosen=None if not (for_graph and self._finds_rows) and self.rows.is_prefix(ids) else places[6],
             mask=mask,
             keys=self.rows.keys,
             values=self.rows.values,
@@ -234,9 +235,8 @@ class BlockDrafter:
                 slots=step.slots[early:],
             )
         # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
-        news = {n: getattr(step, n) for n in ("features", "positions", "rows", "slots")}
-        if views := {n: tensor.clone() for n, tensor in news.items() if tensor._is_view()}:
-            step = step._replace(**views)
+        if any(tensor._is_view() for tensor in step[:4]):
+            step = Step(*(tensor.clone() for tensor in step[:4]), *step[4:])
         if noise.numel() == 1:  # the same for all tokens is none at all
             noise = _silence((batch, self.length, self.model.config.vocab_size), noise.device)
         return self._graph(step, noise)
@@ -298,6 +298,12 @@ class BlockDrafter:
         e = None if embedded[0] is None else torch.stack([e for e in embedded if e is not None], 1)
         logit = self.model.confidence(hidden, e)
         return None if logit is None else torch.sigmoid(logit.float())
+
+
+@lru_cache(maxsize=256)
+def _first_again(missing: int, total: int, device: torch.device) -> Tensor:
+    """[total]  0 once for each that is missing, then 0, 1, 2, …: for reading only."""
+    return (torch.arange(total, device=device) - missing).clamp_min_(0)
 
 
 @lru_cache(maxsize=4)

@@ -70,8 +70,8 @@ class CompiledForward:
         kind = _kind_of(group)
         num_rows = len(logit_rows)
         arrays: dict[str, Tensor | None] = {
-            "ids": token_ids[None],
-            "positions": positions[None],
+            "ids": token_ids,
+            "positions": positions,
             "write": plan.write,
             "logit_rows": logit_rows if num_rows > 1 or kind == _ALONE else _two(logit_rows),
             "slots": group.slots,
@@ -116,8 +116,8 @@ class CompiledForward:
                 torch._check(tensor.shape[0] == pairs[0][0].shape[0])
             group = Group(slots, Visibility(starts, queries, inside, slots.shape[1], firsts), rows, back)
             output = model(
-                input_ids=ids,
-                position_ids=positions,
+                input_ids=ids[None],
+                position_ids=positions[None],
                 use_cache=False,
                 logits_to_keep=0 if is_alone else logit_rows,
                 plan=Plan(write, [group]),
@@ -161,7 +161,7 @@ def _mark_sizes(kind: str, arrays: dict[str, Tensor | None], pairs: Sequence[tup
     """Tell the compiler, at a graph's first call, which sizes change from one forward to the next."""
     dynamic: dict[str, tuple[int, ...]] = {"slots": (1,)}
     if kind != _ALONE:
-        dynamic |= {"ids": (1,), "positions": (1,), "write": (0,), "logit_rows": (0,), "queries": (1,)}
+        dynamic |= {"ids": (0,), "positions": (0,), "write": (0,), "logit_rows": (0,), "queries": (1,)}
         dynamic |= {"inside": (1, 2)}
     if kind == _MANY:
         dynamic |= {

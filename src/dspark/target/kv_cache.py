@@ -74,7 +74,7 @@ class KVCache:
         self._num_touched = 0  # slots from here on have never been handed out
         self._grows = True
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
-        self._num_owners = np.zeros(limit, dtype=np.int32)  # by slot
+        self._num_owners = [0] * limit  # by slot; a list, for mostly a few of them change
         self._spare: Spare | None = None
 
     @property
@@ -117,8 +117,17 @@ class KVCache:
         return 0 if owned is None else owned.length
 
     def reserve(self, request_id: int, num_slots: int) -> np.ndarray:
-        """Give a request `num_slots` more slots and return them. OutOfSlots changes nothing."""
+        """Give a request `num_slots` more slots and return them, as a view. OutOfSlots changes nothing."""
         self._make_room(num_slots)
+        return self._hand_out(request_id, num_slots)
+
+    def reserve_many(self, wanted: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Reserve for several (request id, slots) at once: all new slots, one request's after another's."""
+        self._make_room(sum(num_slots for _, num_slots in wanted))  # for all, or nobody gets any
+        new = [self._hand_out(request_id, num_slots) for request_id, num_slots in wanted]
+        return new[0] if len(new) == 1 else np.concatenate(new)
+
+    def _hand_out(self, request_id: int, num_slots: int) -> np.ndarray:
         owned = self._owned.get(request_id)
         if owned is None:
             owned = self._owned[request_id] = _SlotList()
@@ -128,13 +137,9 @@ class KVCache:
         slots.extend(range(self._num_touched, self._num_touched + num_slots - num_reused))
         self._num_touched += num_slots - num_reused
         owned.append(slots)
-        self._num_owners[slots] = 1
+        for slot in slots:
+            self._num_owners[slot] = 1
         return owned.array[owned.length - num_slots : owned.length]
-
-    def reserve_many(self, wanted: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Reserve for several (request id, slots) at once: all new slots, one request's after another's."""
-        self._make_room(sum(num_slots for _, num_slots in wanted))  # for all, or nobody gets any
-        return np.concatenate([self.reserve(request_id, num_slots) for request_id, num_slots in wanted])
 
     def keep(self, request_id: int, start: int, chosen: Sequence[int]) -> None:
         """Of the request's slots from position `start` on keep those at `chosen` (relative to start, in this order).
@@ -146,14 +151,15 @@ class KVCache:
             if start or len(chosen):
                 raise IndexError(f"request {request_id} has no slots: keep({start}, {list(chosen)}) asks for some")
             return
-        tail = owned.array[start : owned.length].tolist()
-        kept = [tail[i] for i in chosen]
-        dropped = set(range(len(tail))).difference(chosen)
-        assert start <= owned.length and len(kept) + len(dropped) == len(tail), "chosen must be distinct and in range"
-        if dropped:
-            self.give_up(np.array([tail[i] for i in sorted(dropped, reverse=True)]))
-        owned.array[start : start + len(kept)] = kept
-        owned.length = start + len(kept)
+        tail, num_kept = owned.array[start : owned.length], len(chosen)
+        is_beginning = list(chosen) == list(range(num_kept)) and num_kept <= len(tail)  # of a chain, say: nothing moves
+        dropped = () if is_beginning else set(range(len(tail))).difference(chosen)
+        assert start <= owned.length, f"request {request_id} has {owned.length} slots: none from position {start} on"
+        if not is_beginning:
+            assert num_kept + len(dropped) == len(tail), "chosen must be distinct and in range"
+            tail[:] = tail[[*chosen, *sorted(dropped)]]
+        self.give_up(tail[num_kept:][::-1])
+        owned.length = start + num_kept
         if owned.length == 0:
             del self._owned[request_id]
 
@@ -172,12 +178,15 @@ class KVCache:
 
     def share(self, slots: np.ndarray) -> None:
         """One more owner of slots that have one."""
-        self._num_owners[slots] += 1
+        for slot in slots.tolist():
+            self._num_owners[slot] += 1
 
     def give_up(self, slots: np.ndarray) -> None:
         """One owner fewer; slots without any are free."""
-        self._num_owners[slots] -= 1
-        self._free.extend(slots[self._num_owners[slots] == 0].tolist())
+        for slot in slots.tolist():
+            self._num_owners[slot] -= 1
+            if not self._num_owners[slot]:
+                self._free.append(slot)
 
     def lend_spare_slots_to(self, spare: Spare) -> None:
         """Slots may lie with `spare` until somebody needs them. There is one such at a time: an earlier one retires."""
@@ -198,7 +207,7 @@ class KVCache:
         if self._spare is not None:
             self._spare.give_back(self.limit)
         self.limit, self._free, self._num_touched = limit, [], 0
-        self._num_owners = np.zeros(limit, dtype=np.int32)
+        self._num_owners = [0] * limit
         self._num_allocated = min(_FIRST_ALLOCATION, limit) if self._grows else limit
         self.num_moves += 1
         for layer, (keys, values) in self.storage.items():
@@ -220,22 +229,21 @@ class KVCache:
         for slots in (*map(self.slots_of, self._owned), *spare):
             assert len(set(slots.tolist())) == len(slots), "a slot occurs twice in one request"
             num_owners[slots] += 1
-        assert num_owners.tolist() == self._num_owners[: self._num_touched].tolist(), (
-            "a slot was lost, or is owned twice"
-        )
+        assert num_owners.tolist() == self._num_owners[: self._num_touched], "a slot was lost, or is owned twice"
         assert sorted(self._free) == np.flatnonzero(num_owners == 0).tolist(), "a slot was lost, or is free and owned"
         assert self._num_touched <= self._num_allocated <= self.limit, "more slots in use than there is memory for"
 
     def _make_room(self, num_slots: int) -> None:
         """See to it that so many slots can be handed out, with memory behind them."""
-        if num_slots > self.num_free_slots:
+        unowned = self._num_unowned
+        if num_slots > unowned and num_slots > self.num_free_slots:
             raise OutOfSlots(
                 f"{num_slots} more slots are needed and {self.num_free_slots} of {self.limit} are free; run fewer requests at "
                 "once, or raise the number of slots"
             )
-        if num_slots > self._num_unowned:
+        if num_slots > unowned:
             assert self._spare is not None
-            self._spare.give_back(num_slots - self._num_unowned)
+            self._spare.give_back(num_slots - unowned)
         needed = self._num_touched + max(0, num_slots - len(self._free))
         if needed > self._num_allocated:
             self._grow(needed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,8 +125,7 @@ class Plan:
     windows: set[int] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """One forward on the host: token_ids [T], positions [T], write [T] (slots), logit_rows [R], and how spans group."""
 
     token_ids: np.ndarray
@@ -249,14 +248,20 @@ def _plan_chain(span: Span, inputs: Inputs, cache: KVCache) -> Group:
     num_queries = len(span.tokens)
     slots = cache.slots_of(span.request_id)[: span.start + num_queries]
     inside = None if num_queries == 1 else _chain(num_queries)
-    starts, firsts = torch.from_numpy(np.array([[span.start], [0]]))
-    seen = Visibility(starts, torch.from_numpy(inputs.positions[None]), inside, len(slots), firsts)
+    starts, positions = torch.from_numpy(inputs.positions[:1]), torch.from_numpy(inputs.positions[None])
+    seen = Visibility(starts, positions, inside, len(slots), _no_firsts())
     return Group(
         slots=torch.from_numpy(slots[None]),
         visibility=seen,
         sees_all=num_queries == 1,
         is_causal=span.start == 0 and num_queries > 1,
     )
+
+
+@lru_cache(maxsize=1)
+def _no_firsts() -> Tensor:
+    """[1]  for reading only: no view leaves anything out."""
+    return torch.zeros(1, dtype=torch.long)
 
 
 @lru_cache(maxsize=SHORT)

@@ -130,10 +130,11 @@ class Target:
             inputs = read_spans(pieces, write)
             plan = make_plan(pieces, inputs, self.cache, compiled is not None, self.view)
             plan.in_fixed_order = self.is_deterministic
-            run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
-            place = self.device
+            run: Callable[..., Outputs]
             if compiled is not None and compiled.takes(plan):
                 run, place = compiled, compiled.reads_on
+            else:
+                run, place = partial(self._eager, feature_layers=feature_layers), self.device
             ids, *others = move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place)
             return Extension(*run(ids if token_ids is None else token_ids, *others, plan))
         except BaseException:
@@ -165,18 +166,19 @@ class Target:
         return is_compiled and self.view is None and self.device.type == "cpu"
 
     def _reserve(self, spans: Sequence[Span]) -> np.ndarray:
-        needed = sum(len(span.tokens) for span in spans)
+        wanted = [(span.request_id, len(span.tokens)) for span in spans]
+        needed = sum(size for _, size in wanted)
         if needed > self.cache.num_free_slots:
             raise OutOfSlots(
                 f"a forward of {needed} tokens needs as many slots and {self.cache.num_free_slots} of "
                 f"{self.cache.limit} are free; run fewer requests at once, or raise the number of slots"
             )
-        assert len({span.request_id for span in spans}) == len(spans), "a request may have one span per forward"
-        for span in spans:
-            length = self.cache.length(span.request_id)
-            assert span.start == length, f"request {span.request_id} has {length} cached tokens, not {span.start}"
-            assert len(span.tokens) > 0, "a span has at least one token"
-        return self.cache.reserve_many([(span.request_id, len(span.tokens)) for span in spans])
+        assert len(dict(wanted)) == len(spans), "a request may have one span per forward"
+        for span, (request, size) in zip(spans, wanted, strict=True):
+            length = self.cache.length(request)
+            assert span.start == length, f"request {request} has {length} cached tokens, not {span.start}"
+            assert size > 0, "a span has at least one token"
+        return self.cache.reserve_many(wanted)
 
     def compile(self, feature_layers: tuple[int, ...] = ()) -> bool:
         """Compile, ahead of time, the forwards of short spans and on CPU of all chains, prompts too; on CUDA record them too.
