@@ -118,6 +118,7 @@ class BlockDrafter:
         ordered = sorted(requests, key=lambda r: self.rows.row(r.id))
         noise, probs = rule.noise_ahead(ordered, self.length), None
         step = self._prepare(ordered, for_graph=self._graph is not None and noise is not None)
+        (sizes,) = columns_on_device([[self.length] * len(requests)], torch.device("cpu"))
         if noise is None:
             tokens, confidence, probs = self._draw_by_rule(step, *self._block(step), ordered, rule)
         elif self._graph is None or not len(step.features) or (step.chosen is not None and not self._finds_rows):
@@ -130,7 +131,6 @@ class BlockDrafter:
             tokens = tokens[order]
             confidence = None if confidence is None else confidence[order]
             probs = None if probs is None else probs[order]
-        (sizes,) = columns_on_device([[self.length] * len(requests)], torch.device("cpu"))
         return Draft(tokens, sizes, confidence, probs=probs)
 
     def able(self, requests: Sequence[Request]) -> list[int]:
@@ -236,7 +236,8 @@ class BlockDrafter:
             )
         # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
         if any(tensor._is_view() for tensor in step[:4]):
-            step = Step(*(tensor.clone() for tensor in step[:4]), *step[4:])
+            features, positions, rows, slots = (tensor.clone() for tensor in step[:4])
+            step = step._replace(features=features, positions=positions, rows=rows, slots=slots)
         if noise.numel() == 1:  # the same for all tokens is none at all
             noise = _silence((batch, self.length, self.model.config.vocab_size), noise.device)
         return self._graph(step, noise)

@@ -121,6 +121,6 @@ def unread(rows: ContextRows, requests: Sequence[Request]) -> tuple[list[range],
             )
             if rows.window is not None:
                 start = max(start, stop - rows.window)
-            pieces.append(r.features if start == have.start else r.features[start - have.start :])  # type: ignore
+            pieces.append(r.features[start - have.start :])  # type: ignore[index]
         runs.append(range(start, stop))
     return runs, pieces

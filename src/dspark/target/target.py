@@ -130,11 +130,10 @@ class Target:
             inputs = read_spans(pieces, write)
             plan = make_plan(pieces, inputs, self.cache, compiled is not None, self.view)
             plan.in_fixed_order = self.is_deterministic
-            run: Callable[..., Outputs]
+            run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
+            place = self.device
             if compiled is not None and compiled.takes(plan):
                 run, place = compiled, compiled.reads_on
-            else:
-                run, place = partial(self._eager, feature_layers=feature_layers), self.device
             ids, *others = move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place)
             return Extension(*run(ids if token_ids is None else token_ids, *others, plan))
         except BaseException:
