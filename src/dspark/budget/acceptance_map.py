@@ -6,7 +6,6 @@ choice that is made with it anticipates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,14 +42,14 @@ class Stated(NamedTuple):
 
 
 class Law(NamedTuple):
-    """A learner's map, made ready: the odds against a token are ((1 - c) / c)^power · against / e^(own_share · own).
+    """A learner's map, made ready: the log-odds of a token are slope · logit(c) + offset + own_share · own.
 
-    power, against [positions]; coefficients are those that it was made of
+    slope, offset [positions]; coefficients are those that it was made of
     """
 
     coefficients: Array
-    power: Array
-    against: Array
+    slope: Array
+    offset: Array
     own_share: float
 
 
@@ -89,34 +88,38 @@ class AcceptanceMap:
         """What the draft says of itself, and own (B)."""
         at: slice | NDArray[np.int64]
         if draft.parents is None:
-            place, at = self._in_chains(*draft.tokens.shape)
+            place, at, least, most = self._in_chains(*draft.tokens.shape)
         else:
             place = at = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
+            least, most = self._least[place], self._most[place]
         if draft.confidence is None:
             return Stated(self._unstated[place], place, at, own)
         # np.clip takes longer than the two
-        confidence = np.minimum(np.maximum(draft.confidence.numpy(), self._least[at]), self._most[at])
+        confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), least), most)
         return Stated(confidence, place, at, own)
 
-    def _places_in_chains(self, num_requests: int, length: int) -> tuple[NDArray[np.int64], slice | NDArray[np.int64]]:
+    def _places_in_chains(
+        self, num_requests: int, length: int
+    ) -> tuple[NDArray[np.int64], slice | NDArray[np.int64], Array, Array]:
         row = np.minimum(np.arange(length), self.num_positions - 1)
-        return np.tile(row, (num_requests, 1)), slice(length) if length <= self.num_positions else row
+        place = np.tile(row, (num_requests, 1))
+        return place, slice(length) if length <= self.num_positions else row, self._least[place], self._most[place]
 
     def law(self, learner: OnlineLogistic) -> Law:
         """What the learner has learned, ready for `apply`."""
         slope, offsets, own_share = self.terms(learner)
-        against = np.exp(-(slope * self._offsets + offsets))
-        return Law(learner.coefficients, slope * self._slopes, against, own_share)
+        return Law(learner.coefficients, slope * self._slopes, slope * self._offsets + offsets, own_share)
 
     def apply(self, laws: Sequence[Law], stated: Stated) -> Array:
-        """[B, K]  P(accepted | ancestors accepted), each request by its law (B)."""
-        power, against = laws[0].power[stated.at], laws[0].against[stated.at]
-        if any(law is not laws[0] for law in laws):
-            each = [(law.power[p], law.against[p]) for law, p in zip(laws, stated.place, strict=True)]
-            power, against = (np.stack(values) for values in zip(*each, strict=True))
-        by_record = [[math.exp(-law.own_share * own)] for law, own in zip(laws, stated.own, strict=True)]
-        odds = ((1 - stated.confidence) / stated.confidence) ** power * against * np.array(by_record)
-        return 1 / (1 + odds)
+        """[B, K]  P(accepted | ancestors accepted), each request by its law (B), or all by one."""
+        own = np.array(stated.own)[:, None]
+        if len(laws) == 1:
+            slope, offset, by_record = laws[0].slope[stated.at], laws[0].offset[stated.at], laws[0].own_share * own
+        else:
+            rows = list(zip(laws, stated.place, strict=True))
+            slope, offset = np.stack([law.slope[p] for law, p in rows]), np.stack([law.offset[p] for law, p in rows])
+            by_record = np.array([law.own_share for law in laws])[:, None] * own
+        return sigmoid(np.log(stated.confidence / (1 - stated.confidence)) * slope + (offset + by_record))
 
     def features(self, confidence: Array, place: NDArray[np.int64], own: Array) -> Array:
         """[N, D] such that features · coefficients are the log-odds of tokens: confidence and place as stated, own [N]."""

@@ -116,7 +116,8 @@ class LiveBeliefs:
         """[B, K]  P(token and all its ancestors are accepted); entry k depends on tokens before k only."""
         stated = self.map.read(draft, self._own.offsets(requests))
         classes = [self._class_of(r) for r in requests]
-        believed = self.map.apply([self._law(name) for name in classes], stated)
+        laws = [self._law(name) for name in (classes if len(set(classes)) > 1 else classes[:1])]
+        believed = self.map.apply(laws, stated)
         self._asked = _Asked(list(requests), [len(r.tokens) for r in requests], classes, stated, believed)
         if draft.parents is None:
             return torch.from_numpy(believed.cumprod(1))
