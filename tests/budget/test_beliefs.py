@@ -132,6 +132,32 @@ def test_a_calibration_is_where_learning_starts() -> None:
     assert torch.allclose(LiveBeliefs(calibration).survival(draft, requests), expected, atol=1e-4)
 
 
+def test_what_is_believed_is_what_is_learned_from() -> None:
+    """Believed by a law made ready for whole drafts, learned from features token by token: the same log-odds."""
+    calibration = Calibration((0.8, 10.0, 0.1), (0.3, 30.0, -1.0))
+    live, classes = LiveBeliefs(calibration, 5), ["", "a", "b", ""]
+    requests = [request(b, name or None) for b, name in enumerate(classes)]
+    confidence = torch.tensor([0.0, 1e-6, 0.02, 0.5, 0.7, 1.0]).expand(4, 6).clone()
+    confidence[2:] = confidence[2:].flip(1)
+    draft = Draft(torch.zeros(4, 6, dtype=torch.long), torch.full((4,), 6), confidence)
+    live.survival(draft, requests)  # classes begin
+    for n, learner in enumerate(live.classes.values()):
+        learner.coefficients = np.linspace(0.5, 1.0, 8) * (1 + n)
+    live._own._records[1] = 2.0, 1.0
+    live.survival(draft, requests)
+    assert live._asked is not None
+    stated = live._asked.stated
+    for b, name in enumerate(classes):
+        x = live.map.features(stated.confidence[b], stated.place[b], np.full(6, stated.own[b]))
+        place = torch.arange(6).clamp(max=4)
+        slopes = 1 / torch.tensor(calibration.temperatures)[place.clamp(max=2)].double()
+        logits = confidence[b].double().logit().clamp(-12, 12) * slopes
+        logits = (logits + torch.tensor(calibration.offsets)[place.clamp(max=2)]).clamp(-8, 8)
+        assert torch.from_numpy(x[:, 0]).allclose(logits, rtol=1e-5, atol=1e-9)
+        expected = 1 / (1 + np.exp(-x @ live.classes[name].coefficients))
+        assert np.allclose(live._asked.believed[b], expected, rtol=1e-9, atol=0)
+
+
 def test_classes_of_traffic_have_beliefs_of_their_own() -> None:
     live = LiveBeliefs(settings=LiveSettings(most_classes=2))
     good, bad = world(slope=1.0, offsets=(1.0,) * 7, seed=1), world(slope=1.0, offsets=(-1.0,) * 7, seed=2)

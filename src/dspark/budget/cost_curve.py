@@ -63,12 +63,12 @@ class Place:
     @property
     def median(self) -> float:
         """Seconds of the latest steps here."""
-        return _shorter_median(list(self.seconds)[-_MEDIAN_OF:])
+        return _shorter_median([*self.seconds][-_MEDIAN_OF:])
 
     @property
     def usual(self) -> float:
         """Seconds of the steps here before those, where there are enough: the latest are soon used to a change."""
-        before = list(self.seconds)[:-_MEDIAN_OF]
+        before = [*self.seconds][:-_MEDIAN_OF]
         if len(before) > _MEDIAN_OF // 2:
             return _shorter_median(before)
         return self.median if self.num == _MEDIAN_OF else self.expected
@@ -141,11 +141,11 @@ class CostCurve:
             if len(self._places) > _MOST_PLACES:
                 self._places.popitem(last=False)
         self._places.move_to_end(key)
-        value = seconds / self.speed
+        value, num = seconds / self.speed, place.num
         expected = place.usual
         if expected:
             self._recent.append((place, math.log(value / expected)))
-        share = 1 / (1 + place.num)
+        share = 1 / (1 + num)
         place.size += share * (size - place.size)
         place.requests += share * (requests - place.requests)
         place.context += share * (context - place.context)
@@ -303,7 +303,7 @@ class CostCurve:
             return flat, per_context
         trust = measured.num / (1 + 3 * (measured.context_places - context_place) ** 2)
         fresh = trust * measured.freshness
-        num, weight, excess = np.stack([trust, fresh, fresh * measured.excess]) @ measured.nearness
+        num, weight, excess = np.array((trust, fresh, fresh * measured.excess)) @ measured.nearness
         factor = np.exp(excess / (weight + 1e-9) * num / (num + 1.0))
         return rising(flat * factor, weight + 1e-3), np.maximum.accumulate(per_context * factor)
 
@@ -371,11 +371,11 @@ def nonnegative_least_squares(gram: Floats, moment: Floats, start: Floats) -> Fl
 
 def _terms(sizes: Floats, requests: Floats, context: Floats) -> Floats:
     """[n, terms]: base, size, more than one request, requests, context, attended pairs, and the ramps."""
-    ramps = np.clip((sizes[:, None] - _KNOTS[:-1]) / _GAPS, 0.0, 1.0)
-    pairs = context * sizes / requests
-    many = (requests > 1).astype(float)
-    columns = [np.ones(len(sizes)), sizes / 32, many, requests / 32, context / 4096, pairs / 4096]
-    return np.concatenate([np.stack(columns, 1), ramps], 1)
+    x = np.ones((len(sizes), _NUM_SMOOTH + len(_GAPS)))
+    x[:, 1], x[:, 2], x[:, 3] = sizes / 32, requests > 1, requests / 32
+    x[:, 4], x[:, 5] = context / 4096, context * sizes / requests / 4096
+    x[:, _NUM_SMOOTH:] = np.minimum(np.maximum((sizes[:, None] - _KNOTS[:-1]) / _GAPS, 0.0), 1.0)
+    return x
 
 
 def _reluctance(num_terms: int) -> Floats:
