@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -231,10 +232,12 @@ def test_records_and_labels_are_what_happened(target, prompts, texts, tree, rule
         records.append(record)
         if record.kept is not None and record.kept.shape[1]:
             expected = labels(tally, record)
-            noted = [
-                zip(o.rows.tolist(), o.columns.tolist(), o.happened.tolist(), strict=True) for o in beliefs._waiting
-            ]
-            assert {(row, column): label for o in noted for row, column, label in o} == pytest.approx(expected)
+            noted = {
+                place: float(o.happened[place])
+                for o in beliefs._waiting
+                for place in map(tuple, np.argwhere(o.judged).tolist())
+            }
+            assert noted == pytest.approx(expected)
             num_labels += len(expected)
     del target.extend
     target.resize(limit)
