@@ -62,12 +62,15 @@ class GumbelNoise:
 
     Drafting and verifying ask for the same rows several times over; the cache bounds what that costs. A row that was
     dropped is made again, bit for bit.
+
+    none [1, 1, 1]  what there is where nobody samples: for reading only
     """
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu", max_bytes: int = 2**28) -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.block = max(4, min(64, 2**16 // vocab_size))  # so many draws at once still fit a core's cache
         self.max_blocks = max(4, max_bytes // (4 * self.block * vocab_size))
+        self.none = torch.zeros(1, 1, 1, device=self.device)
         self._silence = torch.zeros(self.block, vocab_size, device=self.device)
         self._blocks: OrderedDict[tuple[int, int, int], tuple[Tensor, int]] = OrderedDict()  # and the call that used it
         self._num_calls = 0

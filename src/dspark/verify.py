@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ class Coupled:
             return None
         noise = self.draws.noise
         if not any(r.params.temperature for r in requests):
-            return _silence(noise.device)
+            return noise.none
         seeds = [r.seed if r.params.temperature else None for r in requests for _ in range(length)]
         positions = [len(r.tokens) + k for r in requests for k in range(length)]
         rows = noise.rows(seeds, positions, COUPLED).view(len(requests), length, -1)
@@ -190,12 +189,6 @@ def make_rule(name: str, draws: Draws) -> Rule:
     if name not in RULES:
         raise InvalidConfiguration(f"rule must be one of {', '.join(RULES)}; got {name!r}")
     return RULES[name](draws)
-
-
-@lru_cache(maxsize=4)
-def _silence(device: torch.device) -> Tensor:
-    """[1, 1, 1]  no noise, for reading only."""
-    return torch.zeros(1, 1, 1, device=device)
 
 
 def _log_law(scores: Tensor, temperature: Tensor) -> Tensor:

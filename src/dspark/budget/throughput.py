@@ -65,7 +65,7 @@ def seconds_of_step(cost: StepCost, load: Load, num_drafted: int) -> Floats:
     return seconds + load.draft_seconds
 
 
-def rates(cost: StepCost, num_requests: int, tokens: Sequence[Token], load: Load) -> list[float]:
+def expected_rates(cost: StepCost, num_requests: int, tokens: Sequence[Token], load: Load) -> list[float]:
     """(n + 1)  committed tokens per second to expect when the first 0 .. n of these draft tokens are verified."""
     committed = accumulate((chance for chance, _, _ in tokens), initial=float(num_requests))
     seconds = seconds_of_step(cost, load, len(tokens)).tolist()
@@ -110,7 +110,7 @@ class EarlyStop:
 
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         tokens = by_survival(survival)
-        steps = pairwise(rates(self.cost, len(survival), tokens, load))
+        steps = pairwise(expected_rates(self.cost, len(survival), tokens, load))
         admitted = takewhile(lambda step: step[1] > step[0], steps)
         return keep_all(survival, tokens[: sum(1 for _ in admitted)])
 
@@ -145,5 +145,5 @@ def best_count(cost: StepCost, num_requests: int, tokens: Sequence[Token], load:
     """How many of these draft tokens give the most committed tokens per second; of equals the fewest."""
     if not tokens:
         return 0
-    rate = rates(cost, num_requests, tokens, load)
+    rate = expected_rates(cost, num_requests, tokens, load)
     return rate.index(max(rate))

@@ -118,6 +118,7 @@ class BlockDrafter:
         ordered = sorted(requests, key=lambda r: self.rows.row(r.id))
         noise, probs = rule.noise_ahead(ordered, self.length), None
         step = self._prepare(ordered, for_graph=self._graph is not None and noise is not None)
+        # Here, because a graph leaves nothing of what makes small tensors in the processor's caches.
         (sizes,) = columns_on_device([[self.length] * len(requests)], torch.device("cpu"))
         if noise is None:
             tokens, confidence, probs = self._draw_by_rule(step, *self._block(step), ordered, rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Choosing:
             keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
         else:
             record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-            load = load.after_drafting(record.predicted_draft_seconds or record.draft_seconds)
+            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
             record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
             keep = self.scheduler.choose(draft, record.survival, load)
             if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != draft.tokens.shape:

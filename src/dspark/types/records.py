@@ -29,10 +29,6 @@ class Load:
     draft_seconds: float = 0.0
     num_prompt_tokens: int = 0
 
-    def after_drafting(self, draft_seconds: float) -> Load:
-        """The same load, with so many seconds of drafting before it."""
-        return Load(self.base_tokens, self.num_requests, self.context_tokens, draft_seconds, self.num_prompt_tokens)
-
 
 @dataclass
 class StepRecord:
