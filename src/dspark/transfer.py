@@ -31,6 +31,15 @@ def columns_on_device(columns: Sequence[Sequence[int]], device: torch.device) ->
     return flat.split([len(column) for column in columns])
 
 
+def tables_on_device(tables: Sequence[Sequence[Sequence[int]]], device: torch.device) -> list[Tensor]:
+    """Tables of integers there, each of columns of one length [columns, n]: one copy, and nobody waits."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.array(table, dtype=np.int64)) for table in tables]
+    shapes = [(len(table), len(table[0])) for table in tables]
+    flat = on_device([number for table in tables for column in table for number in column], device, torch.int64)
+    return [part.view(shape) for part, shape in zip(flat.split([n * m for n, m in shapes]), shapes, strict=True)]
+
+
 def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of the host there: one copy, and nobody waits. On CPU the very same."""
     if device.type != "cuda":

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from drafters.formulas import CONFIG, Pair
+from drafters.formulas import CONFIG, Pair, assert_as_expected
+from dspark.drafters.block_step import Step
 from dspark.target import native
 from dspark.target.captured import Outputs
 from dspark.target.direct import Direct
@@ -44,6 +45,24 @@ def test_without_a_compiler_it_drafts_all_the_same(
     compiled.drafter.compile()
     assert_equal_drafts(eager, compiled)
     assert caplog.messages == ["the drafter runs uncompiled: no C++ compiler found"]
+
+
+def test_the_graph_of_one_request_reads_prompts_too_and_never_a_single_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is read outside of it costs a draft more than everything else."""
+    pair, sizes = Pair(), []
+
+    def graph(step: Step, noise: torch.Tensor) -> Outputs:
+        sizes.append(step.news.shape[1])
+        return pair.drafter._run(step, noise)
+
+    monkeypatch.setattr(pair.drafter, "_graph", graph)
+    request = pair.request(0, 30)
+    for tokens in ([5], [5, 7, 8], [6]):
+        assert_as_expected(pair, [request], pair.propose([request]))
+        pair.commit(request, tokens)
+    assert sizes == [29, 2, 3]
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from dspark.target.captured import GraphRecorder, Outputs, Recorder
 from dspark.target.kept_graphs import kept_graphs
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
-from dspark.transfer import columns_on_device, on_device
+from dspark.transfer import on_device, tables_on_device
 from dspark.types import Draft, Request, Rule
 
 
@@ -81,8 +81,8 @@ class BlockDrafter:
         self.leaves_chains = True  # always `length` tokens for each, which stay on the device until they are asked for
         self._is_compiled = False
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
-        self._needs_whole_rows = False
-        self._finds_rows = False  # usual steps are for any rows; else for the first ones only
+        self._has_kernel = False  # for usual steps: they take any rows, and whole ones; else the first ones only
+        self._is_recorded = False  # usual steps, which then have one size for each number of requests
 
     def compile(self) -> None:
         """Compile the usual step (the coupled rule with a plain temperature): a graph for one request, one for more.
@@ -100,14 +100,14 @@ class BlockDrafter:
         self._graph = CompiledDraft(
             self._run, self.device, kept_graphs(parts, self.model.config, self.length, self.block_size)
         )
-        self._finds_rows = kernel_for(self.model.fc.weight, self.block_size) is not None
-        if self.device.type == "cuda" and self._finds_rows:
+        self._has_kernel = kernel_for(self.model.fc.weight, self.block_size) is not None
+        if self.device.type == "cuda" and self._has_kernel:
             self.capture(GraphRecorder(self.device))
 
     def capture(self, record: Recorder) -> None:
         """Record usual steps and replay them: compiled ones where they are. Only where a kernel attends over slots."""
         self._graph = CapturedDraft(self._graph or self._run, record)
-        self._finds_rows = self._needs_whole_rows = True
+        self._has_kernel = self._is_recorded = True
 
     @torch.no_grad()
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
@@ -118,11 +118,9 @@ class BlockDrafter:
         ordered = sorted(requests, key=lambda r: self.rows.row(r.id))
         noise, probs = rule.noise_ahead(ordered, self.length), None
         step = self._prepare(ordered, for_graph=self._graph is not None and noise is not None)
-        # Here, because a graph leaves nothing of what makes small tensors in the processor's caches.
-        (sizes,) = columns_on_device([[self.length] * len(requests)], torch.device("cpu"))
         if noise is None:
             tokens, confidence, probs = self._draw_by_rule(step, *self._block(step), ordered, rule)
-        elif self._graph is None or not len(step.features) or (step.chosen is not None and not self._finds_rows):
+        elif self._graph is None or not step.news.shape[1] or not (self._has_kernel or step.is_first):
             tokens, confidence = self._run(step, noise)
         else:
             tokens, confidence = self._run_graph(step, noise)
@@ -132,7 +130,7 @@ class BlockDrafter:
             tokens = tokens[order]
             confidence = None if confidence is None else confidence[order]
             probs = None if probs is None else probs[order]
-        return Draft(tokens, sizes, confidence, probs=probs)
+        return Draft(tokens, _sizes(len(requests), self.length), confidence, probs=probs)
 
     def able(self, requests: Sequence[Request]) -> list[int]:
         """Places of the requests that it can draft for: all."""
@@ -173,8 +171,8 @@ class BlockDrafter:
         runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim([r.id for r in requests], runs)
         positions = [p for run in runs for p in run]
-        places = columns_on_device([n[: len(positions)] for n in (positions, rows, slots)], self.device)
-        self._write(torch.cat(pieces).to(self.dtype), *places)
+        (news,) = tables_on_device([[positions, rows, slots]], self.device)
+        self._write(torch.cat(pieces).to(self.dtype), news)
 
     def release(self, request_id: int) -> None:
         self.rows.release(request_id)
@@ -182,41 +180,44 @@ class BlockDrafter:
     def _prepare(self, requests: Sequence[Request], for_graph: bool) -> Step:
         """Collect what was committed since the last call and find places for it.
 
-        for_graph: as many news as one step can bring at most, the same number whatever was accepted.
+        for_graph: of one request two news or more, because graphs tell one apart from all other numbers. Of many, or where
+        it is recorded, as many as one step can bring at most, the same number whatever was accepted.
         """
         ids, size = [r.id for r in requests], len(requests)
         runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim(ids, runs)
         positions = [p for run in runs for p in run]
         features = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else self.model.fc.weight[:0]
-        most = size * (self.block_size + 1)
-        if for_graph and 0 < len(positions) <= most:
+        least = (size * (self.block_size + 1) if self._needs_one_size(size) else 2) if for_graph else 0
+        if 0 < len(positions) < least:
             # The first piece once more, as often as is missing: writing the same to the same slot does nothing.
-            missing = most - len(positions)
+            missing = least - len(positions)
             positions, rows, slots = (values[:1] * missing + values for values in (positions, rows, slots))
-            features = features.index_select(0, _first_again(missing, most, features.device))
+            features = features.index_select(0, _first_again(missing, least, features.device))
         starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
         anchors, chosen = [r.tokens[-1] for r in requests], [self.rows.row(i) for i in ids]
-        places = columns_on_device([positions, rows, slots, anchors, starts, visible, chosen], self.device)
-        whole_rows = for_graph and self._needs_whole_rows
-        num_slots = self.rows.keys[0].shape[1] if whole_rows else self.block_size + max(visible)
-        mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
-        if size > 1:
-            ends = places[5][:, None, None, None] + self.block_size
-            mask.masked_fill_(torch.arange(num_slots, device=self.device) >= ends, float("-inf"))
+        tables = [[positions, rows, slots], [anchors, starts, visible, chosen]]
+        news, each = tables_on_device(tables, self.device)
+        mask = None
+        if not (for_graph and self._has_kernel):
+            num_slots = self.block_size + max(visible)
+            mask = self.rows.keys[0].new_zeros(size, 1, 1, num_slots)
+            if size > 1:
+                ends = each[2][:, None, None, None] + self.block_size
+                mask.masked_fill_(torch.arange(num_slots, device=self.device) >= ends, float("-inf"))
         return Step(
             features=features if features.dtype == self.dtype else features.to(self.dtype),
-            positions=places[0],
-            rows=places[1],
-            slots=places[2],
-            anchors=places[3],
-            starts=places[4],
-            visible=places[5],
-            chosen=None if not (for_graph and self._finds_rows) and self.rows.is_prefix(ids) else places[6],
+            news=news,
+            each=each,
             mask=mask,
+            is_first=mask is not None and self.rows.is_prefix(ids),
             keys=self.rows.keys,
             values=self.rows.values,
         )
+
+    def _needs_one_size(self, num_requests: int) -> bool:
+        """Whether a graph takes as many news of so many requests as they can bring in a step, and no other number."""
+        return num_requests > 1 or self._is_recorded
 
     def _run(self, step: Step, noise: Tensor) -> Outputs:
         """A whole step; tensors only, so that it can be one graph."""
@@ -225,27 +226,18 @@ class BlockDrafter:
     def _run_graph(self, step: Step, noise: Tensor) -> Outputs:
         """As _run, in shapes of which there are few."""
         assert self._graph is not None
-        batch = len(step.anchors)
-        early = len(step.features) - batch * (self.block_size + 1)
-        if early > 0:  # a prompt: all but its end is read outside
-            self._write(step.features[:early], step.positions[:early], step.rows[:early], step.slots[:early])
-            step = step._replace(
-                features=step.features[early:],
-                positions=step.positions[early:],
-                rows=step.rows[early:],
-                slots=step.slots[early:],
-            )
-        # Tensors of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
-        if any(tensor._is_view() for tensor in step[:4]):
-            features, positions, rows, slots = (tensor.clone() for tensor in step[:4])
-            step = step._replace(features=features, positions=positions, rows=rows, slots=slots)
+        batch, num_news = step.each.shape[1], step.news.shape[1]
+        early = num_news - batch * (self.block_size + 1)
+        if early > 0 and self._needs_one_size(batch):  # a prompt: all but its end is read outside
+            self._write(step.features[:early], step.news[:, :early])
+            step = step._replace(features=step.features[early:], news=step.news[:, early:].contiguous())
         if noise.numel() == 1:  # the same for all tokens is none at all
             noise = _silence((batch, self.length, self.model.config.vocab_size), noise.device)
         return self._graph(step, noise)
 
-    def _write(self, features: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> None:
+    def _write(self, features: Tensor, news: Tensor) -> None:
         """Keep keys and values of context, without drafting."""
-        context = self.model.context(features)
+        context, (positions, rows, slots) = self.model.context(features), news
         for layer, (k, v) in enumerate(self.model.context_keys_values(context, positions)):
             self.rows.keys[layer].index_put_((rows, slots), k)
             self.rows.values[layer].index_put_((rows, slots), v)
@@ -258,10 +250,12 @@ class BlockDrafter:
         slots = torch.arange(self.block_size, device=step.anchors.device)
         tokens = torch.where(slots == 0, step.anchors[:, None], self.model.config.mask_token_id)
         positions = step.starts[:, None] + slots
-        news = self.model.context_keys_values(self.model.context(step.features), step.positions)
+        news = self.model.context_keys_values(self.model.context(step.features), step.news[0])
+        places = step.places(self.block_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_to_rows(q, torch.cat([news[layer][0], k]), torch.cat([news[layer][1], v]), step, layer)
+            keys, values = torch.cat([news[layer][0], k]), torch.cat([news[layer][1], v])
+            return attend_to_rows(q, keys, values, step, places, layer)
 
         hidden = self.model.block(self.embed_tokens(tokens.flatten()).to(self.dtype), positions.flatten(), attend)
         hidden = hidden.view(*tokens.shape, -1)[:, : self.length]
@@ -306,6 +300,12 @@ class BlockDrafter:
 def _first_again(missing: int, total: int, device: torch.device) -> Tensor:
     """[total]  0 once for each that is missing, then 0, 1, 2, …: for reading only."""
     return (torch.arange(total, device=device) - missing).clamp_min_(0)
+
+
+@lru_cache(maxsize=256)
+def _sizes(num_requests: int, length: int) -> Tensor:
+    """[B]  for reading only: the same for all."""
+    return torch.full((num_requests,), length, dtype=torch.long)
 
 
 @lru_cache(maxsize=4)

@@ -16,15 +16,14 @@ _log = logging.getLogger(__name__)
 
 _MOST_REQUESTS = 16  # more keep the device busy for longer than the host needs to tell it what to do
 _MOST_STEPS = 32  # recordings that are kept: rows that grow want new ones
-_COPIED = ("features", "positions", "rows", "slots", "anchors", "starts", "visible", "chosen")
+_COPIED = ("features", "news", "each")
 
 
 class CapturedDraft:
     """Draft tokens and confidences of a Step by replaying recordings, each made when a number of requests first comes.
 
     run  what is recorded, eager or compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]. A step brings
-         rows of full length, so what it attends with must go by `visible` alone, not by the mask; and it says whose
-         rows are meant (`chosen`), whichever they are
+         whole rows and no mask, so what it attends with must go by `visible` alone
     """
 
     def __init__(self, run: Callable[[Step, Tensor], Outputs], record: Recorder) -> None:
@@ -37,7 +36,7 @@ class CapturedDraft:
         if len(noise) > _MOST_REQUESTS:
             return self._run(step, noise)
         # Recordings know where the rows were: those of rows that have grown since are not asked again.
-        size = (len(noise), step.mask.shape[-1], *(tensor.data_ptr() for tensor in (*step.keys, *step.values)))
+        size = (len(noise), step.keys[0].shape, *(tensor.data_ptr() for tensor in (*step.keys, *step.values)))
         if size not in self._recordings:
             self._recordings[size] = self._recorded(step, noise)
             if len(self._recordings) > _MOST_STEPS:
@@ -58,7 +57,7 @@ class CapturedDraft:
         """A rehearsal writes the same to the same places as the step itself."""
         if self._noise is None:
             self._noise = noise.new_zeros(_MOST_REQUESTS, *noise.shape[1:])
-        own = step._replace(mask=step.mask.clone(), **{name: getattr(step, name).clone() for name in _COPIED})
+        own = step._replace(**{name: getattr(step, name).clone() for name in _COPIED})
         own_noise = self._noise[: len(noise)]
         try:
             replay = self._record(lambda: self._run(own, own_noise))

@@ -18,7 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 class CompiledDraft:
-    """Draft tokens and confidences of a Step whose news are as many as its requests can bring at most.
+    """Draft tokens and confidences of a Step that has news: of one request two or more, of many always as many as they can
+    bring at most.
 
     run   what is compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]; tensors only
     kept  where its graphs are kept
@@ -43,16 +44,21 @@ class CompiledDraft:
         """The first call of a kind compiles, which takes seconds; what does not compile runs as it is from then on."""
         if not self._graphs:
             return self._run(step, noise)
-        many = len(step.anchors) > 1
+        many = step.each.shape[1] > 1
         graph, kind = self._graphs[many], (many, step.keys[0].shape)
         if kind in self._built:
             return graph(kind, step=step, noise=noise)
+        # Inputs of their own: a view of another tensor, or one that begins elsewhere in it, would need another graph.
+        step = step._replace(**{name: getattr(step, name).clone() for name in ("features", "news", "each")})
         for tensor in (*step.keys, *step.values):
             torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
-        torch._dynamo.maybe_mark_dynamic(step.mask, 3)
+        torch._dynamo.maybe_mark_dynamic(step.features, 0)
+        torch._dynamo.maybe_mark_dynamic(step.news, 1)
+        if step.mask is not None:
+            torch._dynamo.maybe_mark_dynamic(step.mask, 3)
         if many:
-            own = (*step[:7], step.mask, noise)
-            for tensor in own if step.chosen is None else (*own, step.chosen):
+            torch._dynamo.maybe_mark_dynamic(step.each, 1)
+            for tensor in (noise,) if step.mask is None else (noise, step.mask):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._built.add(kind)
         try:

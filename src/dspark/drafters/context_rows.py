@@ -68,7 +68,7 @@ class ContextRows:
     def claim(self, request_ids: Sequence[int], runs: Sequence[range]) -> tuple[list[int], list[int]]:
         """Make room for a run of positions of each request and count them as read.
 
-        rows (N + B*P), slots (N + B*P)  where the keys and values go: of the runs, back to back, then of the blocks.
+        rows (N), slots (N)  where the keys and values of the runs go, back to back.
         """
         for request_id, run in zip(request_ids, runs, strict=True):
             self.row(request_id)
@@ -79,9 +79,6 @@ class ContextRows:
         for request_id, run in zip(request_ids, runs, strict=True):
             rows += [self._rows[request_id]] * len(run)
             slots += [self.block_size + (p if self.window is None else p % self.window) for p in run]
-        for request_id in request_ids:
-            rows += [self._rows[request_id]] * self.block_size
-            slots += range(self.block_size)
         return rows, slots
 
     def reserve(self, num_positions: int) -> None:
@@ -115,12 +112,14 @@ def unread(rows: ContextRows, requests: Sequence[Request]) -> tuple[list[range],
         start, stop = rows.num_read(r.id), r.num_cached
         assert stop == len(r.tokens) - 1, f"request {r.id}: the target has not read all but the anchor"
         if start < stop:
-            have = None if r.features is None else range(r.features_start, r.features_start + len(r.features))
-            assert have and have.start <= start and have.stop == stop, (
+            features, have = r.features, None
+            if features is not None:
+                have = range(r.features_start, r.features_start + features.shape[0])
+            assert features is not None and have and have.start <= start and have.stop == stop, (
                 f"request {r.id}: features of {start}..{stop - 1} are needed, {have} are there"
             )
             if rows.window is not None:
                 start = max(start, stop - rows.window)
-            pieces.append(r.features[start - have.start :])  # type: ignore[index]
+            pieces.append(features if start == have.start else features[start - have.start :])
         runs.append(range(start, stop))
     return runs, pieces

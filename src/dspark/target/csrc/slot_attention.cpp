@@ -315,7 +315,8 @@ void run(
   const int64_t num_kv = keys.size(1), num_heads = query.size(1), width = query.size(2), value_width = values.size(2);
   const int64_t units = static_cast<int64_t>(rows.size()) * num_kv;
   // About a microsecond for a block of keys, and a quarter for each row of queries.
-  const int64_t blocks = p.num_slots / kKeys + 1, queries = p.num_queries * (num_heads / num_kv);
+  const int64_t longest = *std::max_element(p.starts, p.starts + rows.size()) + p.num_queries;
+  const int64_t blocks = longest / kKeys + 1, queries = p.num_queries * (num_heads / num_kv);
   const int64_t nanoseconds = blocks * (1000 + 250 * queries);
   at::parallel_for(0, units, std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)
