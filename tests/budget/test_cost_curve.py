@@ -105,6 +105,22 @@ def test_it_follows_a_machine_that_slows_down_and_speeds_up():
             assert predicted(curve, size, requests, 100 * requests) == pytest.approx(expected, rel=0.1)
 
 
+def test_a_machine_whose_speed_wavers_is_followed_without_fitting_again_and_again(monkeypatch):
+    """All steps change alike, which the speed tells; the terms are as right as before."""
+    rng, curve, fits = np.random.default_rng(0), learned(straight), []
+    fit = CostCurve.fit
+    monkeypatch.setattr(CostCurve, "fit", lambda self: (fits.append(self.num_observed), fit(self)))
+    speed, errors = 1.0, []
+    for step in range(1200):
+        if step % 40 == 0:
+            speed = rng.uniform(0.8, 1.25)
+        size = int(rng.integers(1, 9))
+        errors.append(abs(curve.seconds_of(size, 1, 100) / speed / straight(size, 1, 100) - 1))
+        curve.observe(size, 1, 100, speed * straight(size, 1, 100) * rng.lognormal(0, 0.05))
+    assert np.median(errors) < 0.10
+    assert len(fits) <= 12
+
+
 def test_rare_slow_steps_and_broken_clocks_teach_nothing():
     curve = learned(straight)
     before = predicted(curve, 8, 1, 100)

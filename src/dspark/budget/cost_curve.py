@@ -152,9 +152,11 @@ class CostCurve:
         place.seconds.append(value)
         self.num_observed += 1
         place.latest = self.num_observed
-        if self._follow_speed() or (self.num_observed % _SPEED_FROM == 0 and self._is_off()):
+        self._follow_speed()
+        is_time_to_look = self.num_observed % _SPEED_FROM == 0
+        if is_time_to_look and self._is_off():
             self._fit_after = min(self._fit_after, self._fitted_at + _FEWEST_BETWEEN_FITS)
-        if self.num_observed >= self._fit_after or (self.num_observed % _SPEED_FROM == 0 and self._is_elsewhere()):
+        if self.num_observed >= self._fit_after or (is_time_to_look and self._is_elsewhere()):
             self.fit()
             self._fitted_at = self.num_observed
             self._fit_after = self.num_observed + min(_MOST_BETWEEN_FITS, max(1, self.num_observed // 4))
@@ -246,13 +248,16 @@ class CostCurve:
         return np.maximum(0.5 ** (ages / _HALF_AS_FRESH), _OLD)
 
     def _is_off(self) -> bool:
-        """Whether steps like the last ones take something else than is believed of them."""
+        """Whether half of the steps like the last ones take something else than is believed of them: one place is off by
+        chance often enough, or because terms that never fall cannot follow it.
+        """
         believed = (
             (p.median * self.speed, self.seconds_of(round(p.size), round(p.requests), round(p.context)))
             for p in self._latest()
             if p.is_fitted
         )
-        return any(abs(math.log(median / seconds)) > _SPEED_CHANGE for median, seconds in believed)
+        are_off = [abs(math.log(median / seconds)) > _SPEED_CHANGE for median, seconds in believed]
+        return 2 * sum(are_off) >= len(are_off) > 0
 
     def _is_elsewhere(self) -> bool:
         """Whether some of the last steps are of sizes that the last fit did not know."""
@@ -262,21 +267,20 @@ class CostCurve:
         places = islice(reversed(self._places.values()), _LATEST)
         return [place for place in places if place.num > _MEDIAN_OF // 2]
 
-    def _follow_speed(self) -> bool:
-        """When most of the last steps took longer than the same steps before, all steps do. Whether it was so."""
+    def _follow_speed(self) -> None:
+        """When most of the last steps took longer than the same steps before, all steps do."""
         if len(self._recent) <= _SPEED_FROM // 2:
-            return False
+            return
         ratios = sorted(ratio for _, ratio in self._recent)
         change = ratios[len(ratios) // 2]
         if abs(change) < _SPEED_CHANGE or ratios[len(ratios) // 4] * ratios[-1 - len(ratios) // 4] <= 0:
-            return False
+            return
         self.speed *= math.exp(change)
         # These were divided by the old speed; what is from before the change stays as it is.
         for place, ratio in self._recent:
             if len(place.seconds) > 1 and abs(ratio) > abs(change) / 2:
                 place.seconds.pop()
         self._recent.clear()
-        return True
 
     def _at_knots(self, requests: int, context: int) -> _Table:
         """What is believed at each knot; straight lines lie between them."""
