@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from dspark.target.kv_cache import KVCache
-from dspark.target.plan import Plan, _plan_group, make_plan, read_spans
+from dspark.target.lone_chain import LoneChains
+from dspark.target.plan import make_plan, read_spans
 from dspark.types import Span
 
 
@@ -18,8 +20,15 @@ def test_one_chain_alone_is_laid_out_like_any(start: int, num_tokens: int) -> No
     write = cache.reserve(2, num_tokens)
     spans = [Span(2, start, list(range(num_tokens)), num_logits=num_tokens)]
     inputs = read_spans(spans, write)
-    plan = make_plan(spans, inputs, cache, for_graph=True)
-    usual = Plan(plan.write, [_plan_group(spans, inputs, [0], cache, for_graph=True, view=None)])
+    usual = make_plan(spans, inputs, cache, for_graph=True)
+    lone = LoneChains()
+    lone.lay_out(
+        Span(2, start + 1, [7] * num_tokens, num_logits=num_tokens), write + 1, np.arange(3)
+    )  # nothing of it stays
+    plan, given = lone.lay_out(spans[0], write, cache.slots_of(2))
+    for tensor, array in zip(given, (inputs.token_ids, inputs.positions, inputs.logit_rows), strict=True):
+        assert tensor.dtype == torch.long and tensor.tolist() == array.tolist()
+    assert plan.write.tolist() == write.tolist() and plan.is_for_graph == usual.is_for_graph
     own, other = plan.groups[0], usual.groups[0]
     assert plan.is_for_graph == (start + num_tokens > 1)
     for name in ("rows", "back", "tokens", "sees_all", "is_causal", "shape"):

@@ -29,7 +29,7 @@ def folder(make_pair: MakePair, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_out_of_slots_leaves_no_trace(make_pair: MakePair) -> None:
     pair = make_pair("llama", num_slots=12)
     pair.target.extend([Span(1, 0, (5, 6, 7))])
-    with pytest.raises(OutOfSlots, match="10 tokens needs as many slots and 9 of 12"):
+    with pytest.raises(OutOfSlots, match="10 more slots are needed and 9 of 12"):
         pair.target.extend([Span(2, 0, (3,) * 6), Span(1, 3, (8,) * 4)])
     assert pair.target.cache.request_ids == [1]
     assert pair.target.num_free_slots == 9

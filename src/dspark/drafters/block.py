@@ -24,6 +24,7 @@ from dspark.drafters.compiled_draft import CompiledDraft
 from dspark.drafters.context_rows import ContextRows, unread
 from dspark.drafters.heads import MarkovHead, NoHead, TabulatedHead
 from dspark.errors import InvalidConfiguration
+from dspark.gradients import without_gradients
 from dspark.sampling import extended
 from dspark.target.captured import GraphRecorder, Outputs, Recorder
 from dspark.target.kept_graphs import kept_graphs
@@ -109,7 +110,7 @@ class BlockDrafter:
         self._graph = CapturedDraft(self._graph or self._run, record)
         self._has_kernel = self._is_recorded = True
 
-    @torch.no_grad()
+    @without_gradients
     def propose(self, requests: Sequence[Request], rule: Rule) -> Draft:
         """A chain for each request, from one pass over all their blocks."""
         if not requests:
@@ -165,7 +166,7 @@ class BlockDrafter:
         base = growth.base[where]
         return base if bias is None else base + bias.float().unflatten(0, (batch, count))
 
-    @torch.no_grad()
+    @without_gradients
     def read(self, requests: Sequence[Request]) -> None:
         """Take in features without drafting, for requests that are not drafted for at present."""
         runs, pieces = unread(self.rows, requests)

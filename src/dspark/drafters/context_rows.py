@@ -70,15 +70,15 @@ class ContextRows:
 
         rows (N), slots (N)  where the keys and values of the runs go, back to back.
         """
-        for request_id, run in zip(request_ids, runs, strict=True):
-            self.row(request_id)
-            self._num_read[request_id] = run.stop
-        self.reserve(max(run.stop for run in runs))
         rows: list[int] = []
         slots: list[int] = []
+        longest = 0
         for request_id, run in zip(request_ids, runs, strict=True):
-            rows += [self._rows[request_id]] * len(run)
+            rows += [self.row(request_id)] * len(run)
             slots += [self.block_size + (p if self.window is None else p % self.window) for p in run]
+            self._num_read[request_id] = run.stop
+            longest = max(longest, run.stop)
+        self.reserve(longest)
         return rows, slots
 
     def reserve(self, num_positions: int) -> None:

@@ -100,7 +100,7 @@ class Drafting:
 
     def end_step(self, features: Tensor, requests: Sequence[Request]) -> None:
         """Let go of the features [T, F] of steps of which these requests, who ran in the last one, need little."""
-        self._num_kept += len(features)
+        self._num_kept += features.shape[0]  # `len` asks several things first
         if self._num_kept < self._look_after:
             return
         pieces = [piece for request in requests for piece in request.feature_pieces]
@@ -185,11 +185,14 @@ def _kind(request: Request) -> tuple[str | None, bool]:
 
 def _join_features(request: Request) -> int:
     """Make one tensor of the pieces; how many positions it has."""
-    if request.feature_pieces:
-        pieces = [] if request.features is None else [request.features]
-        pieces += [piece.cut for piece in request.feature_pieces]
-        request.features = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        request.feature_pieces.clear()
+    pieces = request.feature_pieces
+    if len(pieces) == 1 and request.features is None:  # mostly
+        request.features = pieces[0].cut
+        return pieces.pop().num
+    if pieces:
+        cut = [piece.cut for piece in pieces]
+        request.features = torch.cat(cut if request.features is None else [request.features, *cut])
+        pieces.clear()
     return 0 if request.features is None else len(request.features)
 
 
@@ -197,20 +200,25 @@ def _nonsense(draft: object, num_requests: int, vocab_size: int, length: int) ->
     """What makes a draft unusable, in words; None: nothing."""
     if not isinstance(draft, Draft):
         return f"propose gave {type(draft).__name__}; expected a Draft"
-    tokens, sizes = draft.tokens, draft.sizes
-    if tokens.dim() != 2 or len(tokens) != num_requests or sizes.shape != (num_requests,):
-        return f"tokens {list(tokens.shape)} and sizes {list(sizes.shape)} for {num_requests} requests"
-    if tokens.shape[1] > length:  # slots were counted with it
-        return f"drafts of {tokens.shape[1]} tokens by a drafter whose `length` is {length}"
+    tokens, sizes, shape = draft.tokens, draft.sizes, draft.tokens.shape
+    if len(shape) != 2 or shape[0] != num_requests or sizes.shape != (num_requests,):
+        return f"tokens {list(shape)} and sizes {list(sizes.shape)} for {num_requests} requests"
+    width = shape[1]
+    if width > length:  # slots were counted with it
+        return f"drafts of {width} tokens by a drafter whose `length` is {length}"
     for name, values in (("confidence", draft.confidence), ("parents", draft.parents)):
-        if values is not None and values.shape != tokens.shape:
-            return f"{name} {list(values.shape)} beside tokens {list(tokens.shape)}"
-    if not tokens.numel():
+        if values is not None and values.shape != shape:
+            return f"{name} {list(values.shape)} beside tokens {list(shape)}"
+    if not width or not num_requests:
         return None
     for name, values in (("tokens", tokens), ("sizes", sizes), ("parents", draft.parents)):
-        if values is not None and (values.is_floating_point() or values.is_complex()):
+        if (
+            values is not None
+            and values.dtype is not torch.long
+            and (values.is_floating_point() or values.is_complex())
+        ):
             return f"{name} of {values.dtype}"
-    width, lengths = tokens.shape[1], sizes.tolist()  # a few numbers: one by one is sooner than arrays would be
+    lengths = sizes.tolist()  # a few numbers: one by one is sooner than arrays would be
     if min(lengths) < 0 or max(lengths) > width:
         return f"sizes {lengths} for drafts of {width} tokens"
 

@@ -55,6 +55,8 @@ class CompiledForward:
         capture_outputs(hooked, feature_layers, self._captured)
         self._model: Any = with_layers(packed, layers, hooked)
         self._storage_of = tuple(cache.storage)
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # of these layers, as they were when the cache last moved
+        self._num_moves = -1
         self._kept = kept_graphs({"model": self._model}, getattr(model, "config", None), feature_layers, cache.shared)
         self._graphs: dict[str, Direct] = {}
 
@@ -82,7 +84,10 @@ class CompiledForward:
             "rows": group.rows,
             "back": group.back,
         }
-        pairs = [self._cache.storage[layer] for layer in self._storage_of]
+        if self._num_moves != self._cache.num_moves:
+            self._pairs = [self._cache.storage[layer] for layer in self._storage_of]
+            self._num_moves = self._cache.num_moves
+        pairs = self._pairs
         if kind in self._graphs:
             logits, features = self._graphs[kind](**arrays, pairs=pairs)
         else:

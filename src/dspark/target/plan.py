@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,17 +218,13 @@ def make_plan(
 ) -> Plan:
     """The plan on the host. for_graph: a graph will run this if it can, so leave nothing out that it takes."""
     for_graph = for_graph and len(inputs.groups) == 1 and all(len(span.tokens) <= SHORT for span in spans)
-    if for_graph and len(spans) == 1 and spans[0].is_chain and view is None:
-        groups = [_plan_chain(spans[0], inputs, cache)]
-    else:
-        groups = [_plan_group(spans, inputs, members, cache, for_graph, view) for members in inputs.groups]
+    groups = [_plan_group(spans, inputs, members, cache, for_graph, view) for members in inputs.groups]
     is_for_graph = for_graph and groups[0].slots.shape[1] > 1
     return Plan(torch.from_numpy(inputs.write), groups, is_for_graph)
 
 
-def move(plan: Plan, arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Bring a plan to the device, and with it arrays as tensors: all in one copy."""
-    tensors = [torch.from_numpy(array) for array in arrays]
+def move(plan: Plan, tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Bring a plan to the device, and with it tensors: all in one copy."""
     if device.type == "cpu":
         return tensors
     places: list[tuple[Any, str]] = [(plan, "write")]
@@ -241,33 +236,6 @@ def move(plan: Plan, arrays: Sequence[np.ndarray], device: torch.device) -> list
     for (owner, name), tensor in zip(places, moved[len(tensors) :], strict=True):
         setattr(owner, name, tensor)
     return moved[: len(tensors)]
-
-
-def _plan_chain(span: Span, inputs: Inputs, cache: KVCache) -> Group:
-    """As `_plan_group` where one chain is all there is: what a single request asks for in every step."""
-    num_queries = len(span.tokens)
-    slots = cache.slots_of(span.request_id)[: span.start + num_queries]
-    inside = None if num_queries == 1 else _chain(num_queries)
-    starts, positions = torch.from_numpy(inputs.positions[:1]), torch.from_numpy(inputs.positions[None])
-    seen = Visibility(starts, positions, inside, len(slots), _no_firsts())
-    return Group(
-        slots=torch.from_numpy(slots[None]),
-        visibility=seen,
-        sees_all=num_queries == 1,
-        is_causal=span.start == 0 and num_queries > 1,
-    )
-
-
-@lru_cache(maxsize=1)
-def _no_firsts() -> Tensor:
-    """[1]  for reading only: no view leaves anything out."""
-    return torch.zeros(1, dtype=torch.long)
-
-
-@lru_cache(maxsize=SHORT)
-def _chain(num_tokens: int) -> Tensor:
-    """[1, N, N]  for reading only: each token of a chain sees itself and those before it."""
-    return torch.from_numpy(np.tri(num_tokens, dtype=bool)[None])
 
 
 def _plan_group(

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.errors import InvalidConfiguration, OutOfSlots
+from dspark.errors import InvalidConfiguration
+from dspark.gradients import without_gradients
 from dspark.target import attention, kernels, native
 from dspark.target.captured import CapturedForward, GraphRecorder, Outputs, Recorder
 from dspark.target.compiled import CompiledForward
 from dspark.target.kv_cache import KVCache
+from dspark.target.lone_chain import LoneChains
 from dspark.target.modules import captured_outputs, decoder_layers, shared_kv_sources, with_layers
-from dspark.target.plan import Plan, View, in_short_pieces, make_plan, move, read_spans, refuse_trees
+from dspark.target.plan import SHORT, Plan, View, in_short_pieces, make_plan, move, read_spans, refuse_trees
 from dspark.types import Span
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Target:
         # By feature layers: what runs short forwards instead of transformers' own way.
         self._compiled: dict[tuple[int, ...], CompiledForward | CapturedForward] = {}
         self._recorder: Recorder | None = None
+        self._lone_chains = LoneChains()
         self.turn = threading.RLock()  # engines that share it, and threads that share an engine, step one at a time
         if self.device.type == "cuda":
             kernels.load_triton(self.device)
@@ -112,7 +115,7 @@ class Target:
         """Tokens that the cache still has room for."""
         return self.cache.num_free_slots
 
-    @torch.no_grad()
+    @without_gradients
     def extend(
         self, spans: Sequence[Span], feature_layers: tuple[int, ...] = (), token_ids: Tensor | None = None
     ) -> Extension:
@@ -127,14 +130,13 @@ class Target:
         try:
             compiled = self._compiled.get(feature_layers)
             pieces = in_short_pieces(spans) if self._reads_in_pieces(spans, compiled is not None) else spans
-            inputs = read_spans(pieces, write)
-            plan = make_plan(pieces, inputs, self.cache, compiled is not None, self.view)
+            plan, inputs = self._lay_out(pieces, write, compiled is not None)
             plan.in_fixed_order = self.is_deterministic
             run: Callable[..., Outputs] = partial(self._eager, feature_layers=feature_layers)
             place = self.device
             if compiled is not None and compiled.takes(plan):
                 run, place = compiled, compiled.reads_on
-            ids, *others = move(plan, (inputs.token_ids, inputs.positions, inputs.logit_rows), place)
+            ids, *others = move(plan, inputs, place)
             return Extension(*run(ids if token_ids is None else token_ids, *others, plan))
         except BaseException:
             for span in spans:
@@ -156,6 +158,18 @@ class Target:
         self.windows.update(plan.windows)
         return output.logits[0], torch.cat(captured, -1) if feature_layers else None
 
+    def _lay_out(
+        self, spans: Sequence[Span], write: np.ndarray, for_graph: bool
+    ) -> tuple[Plan, tuple[Tensor, Tensor, Tensor]]:
+        """The plan, token ids [T], positions [T] and logit rows [R] on the host."""
+        span = spans[0]
+        if for_graph and len(spans) == 1 and span.is_chain and len(span.tokens) <= SHORT and self.view is None:
+            return self._lone_chains.lay_out(span, write, self.cache.slots_of(span.request_id))
+        read = read_spans(spans, write)
+        plan = make_plan(spans, read, self.cache, for_graph, self.view)
+        token_ids, positions, logit_rows = map(torch.from_numpy, (read.token_ids, read.positions, read.logit_rows))
+        return plan, (token_ids, positions, logit_rows)
+
     def _reads_in_pieces(self, spans: Sequence[Span], is_compiled: bool) -> bool:
         """Whether long chains are read as short ones: in one order of sums, and on CPU by the graph that reads short ones,
         which is faster than an eager pass. Kernels for GPUs take long ones as they are."""
@@ -165,18 +179,13 @@ class Target:
         return is_compiled and self.view is None and self.device.type == "cpu"
 
     def _reserve(self, spans: Sequence[Span]) -> np.ndarray:
-        wanted = [(span.request_id, len(span.tokens)) for span in spans]
-        needed = sum(size for _, size in wanted)
-        if needed > self.cache.num_free_slots:
-            raise OutOfSlots(
-                f"a forward of {needed} tokens needs as many slots and {self.cache.num_free_slots} of "
-                f"{self.cache.limit} are free; run fewer requests at once, or raise the number of slots"
-            )
+        wanted: list[tuple[int, int]] = []
+        for span in spans:
+            length = self.cache.length(span.request_id)
+            assert span.start == length, f"request {span.request_id} has {length} cached tokens, not {span.start}"
+            assert len(span.tokens) > 0, "a span has at least one token"
+            wanted.append((span.request_id, len(span.tokens)))
         assert len(dict(wanted)) == len(spans), "a request may have one span per forward"
-        for span, (request, size) in zip(spans, wanted, strict=True):
-            length = self.cache.length(request)
-            assert span.start == length, f"request {request} has {length} cached tokens, not {span.start}"
-            assert size > 0, "a span has at least one token"
         return self.cache.reserve_many(wanted)
 
     def compile(self, feature_layers: tuple[int, ...] = ()) -> bool:

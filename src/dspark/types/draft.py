@@ -39,7 +39,10 @@ class Draft:
 
     def on_host(self) -> Draft:
         """The same with everything that the host decides on in its memory; the laws stay where they are."""
-        confidence = None if self.confidence is None else self.confidence.float()
+        parts, confidence = (self.tokens, self.sizes, self.confidence, self.parents), self.confidence
+        if all(x is None or x.is_cpu for x in parts) and (confidence is None or confidence.dtype is torch.float):
+            return Draft(*parts, self.probs)
+        confidence = None if confidence is None else confidence.float()
         tokens, sizes, confidence, parents = together_on_host((self.tokens, self.sizes, confidence, self.parents))
         assert tokens is not None and sizes is not None
         return Draft(tokens, sizes, confidence, parents, self.probs)

@@ -61,7 +61,9 @@ class FeaturePiece:
         """[num, F]"""
         if self.rows is not None:
             return self.features[on_device(self.rows, self.features.device)]
-        return self.features if self.num == len(self.features) else self.features.narrow(0, self.first, self.num)
+        return (
+            self.features if self.num == self.features.shape[0] else self.features[self.first : self.first + self.num]
+        )
 
 
 @dataclass(eq=False)
