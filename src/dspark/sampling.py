@@ -110,9 +110,10 @@ class KeyedDraws:
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
         asked: Sequence[int | None] = seeds
         if temperature.device.type == "cpu":  # elsewhere one would have to wait
-            if not temperature.numpy().any():
+            heats = [heat for (heat,) in temperature.tolist()]
+            if not any(heats):
                 return scores
-            asked = [seed if t else None for seed, t in zip(seeds, temperature[:, 0].tolist(), strict=True)]
+            asked = [seed if heat else None for seed, heat in zip(seeds, heats, strict=True)]
         return torch.addcmul(scores, temperature, self.noise.rows(asked, positions, stream))
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:

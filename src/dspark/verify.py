@@ -12,7 +12,7 @@ Both rules commit tokens distributed as the target's own, for chains and trees (
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -69,15 +69,16 @@ class Coupled:
         positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
         chosen = self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED).tolist()
 
-        accepted, next_tokens, first_row = np.zeros(keep.shape, dtype=bool), list[int](), 0
-        for b, tree in enumerate(trees):
+        accepted, next_tokens, first_row = [[False] * keep.shape[1] for _ in trees], list[int](), 0
+        for tree, marks in zip(trees, accepted, strict=True):
             node, token = -1, chosen[first_row]
             while (child := tree.child(node, token)) is not None:
-                accepted[b, child] = True
+                marks[child] = True
                 node, token = child, chosen[first_row + tree.rows[child]]
             next_tokens.append(token)
             first_row += len(tree.rows)
-        return Verdict(torch.from_numpy(accepted), torch.from_numpy(np.array(next_tokens)))
+        marked = np.array(accepted, dtype=bool).reshape(keep.shape)
+        return Verdict(torch.from_numpy(marked), torch.from_numpy(np.array(next_tokens)))
 
 
 class Rejection:
@@ -160,22 +161,21 @@ class Tree:
         self.tokens, self.parents = tokens, parents
         self.rows = {-1: 0}  # node -> its row among the request's rows; the anchor is node -1
         self.paths: list[list[int]] = [[]]  # per row: draft tokens from the anchor to the node, itself included
-        self._children: dict[int, list[int]] = {}
-        for node, (token, parent, kept) in enumerate(zip(tokens, parents, keep, strict=True)):
-            if not kept:
-                continue
-            assert parent in self.rows, "a kept draft token whose parent is not kept"
-            self._children.setdefault(parent, []).append(node)
-            self.paths.append([*self.paths[self.rows[parent]], token])
-            self.rows[node] = len(self.rows)
+        for node, kept in enumerate(keep):
+            if kept:
+                assert parents[node] in self.rows, "a kept draft token whose parent is not kept"
+                self.rows[node] = len(self.paths)
+                self.paths.append([*self.paths[self.rows[parents[node]]], tokens[node]])
 
-    def children(self, node: int) -> list[int]:
+    def children(self, node: int) -> Iterator[int]:
         """Kept draft tokens after `node`, in the order of the draft; -1 is the anchor."""
-        return self._children.get(node, [])
+        for child in range(node + 1, len(self.parents)):  # of a chain, the first
+            if self.parents[child] == node and child in self.rows:
+                yield child
 
     def child(self, node: int, token: int) -> int | None:
         """The kept draft token `token` after `node`; None: there is none."""
-        for child in self._children.get(node, ()):
+        for child in self.children(node):
             if self.tokens[child] == token:
                 return child
         return None

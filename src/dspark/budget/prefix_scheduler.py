@@ -41,9 +41,10 @@ def falling_survival(draft: Draft, survival: Tensor) -> Tensor:
     """[B, K]  beliefs made fit for schedulers: within 0 .. 1, 0 on padding and nonsense, never rising along a path."""
     sizes = draft.sizes.tolist()
     if draft.parents is None:  # a few numbers, which arrays would take longer over
-        rows = [
-            _falling(row[:size]) + [0.0] * (len(row) - size) for row, size in zip(survival.tolist(), sizes, strict=True)
-        ]
+        given = survival.tolist()
+        rows = [_falling(row[:size]) + [0.0] * (len(row) - size) for row, size in zip(given, sizes, strict=True)]
+        if rows == given:  # as most beliefs are
+            return survival
         return torch.from_numpy(np.array(rows, dtype=survival.numpy().dtype).reshape(survival.shape))
     within = survival.nan_to_num(0.0).clamp(0.0, 1.0) * draft.real
     return along_paths(draft, within.new_ones(len(within)), lambda before, k: torch.minimum(before, within[:, k]))

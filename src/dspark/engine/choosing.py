@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark.budget.capacity import Capacity
 from dspark.budget.prefix_scheduler import falling_survival
 from dspark.errors import InvalidConfiguration
-from dspark.types import Beliefs, Draft, PrefixScheduler, Request, StepRecord
+from dspark.types import Beliefs, Draft, Load, PrefixScheduler, Request, StepRecord
 
 
 def heeds_beliefs(scheduler: PrefixScheduler) -> bool:
@@ -36,7 +36,8 @@ class Choosing:
             keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
         else:
             record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-            load = replace(load, draft_seconds=record.predicted_draft_seconds or record.draft_seconds)
+            drafting = record.predicted_draft_seconds or record.draft_seconds
+            load = Load(load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens)
             record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
             keep = self.scheduler.choose(draft, record.survival, load)
             if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != draft.tokens.shape:
@@ -48,8 +49,8 @@ class Choosing:
                 record.chosen = keep
                 if whole.numpy().any():
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
-            promised = record.survival.numpy()[keep.numpy()]
-            record.predicted_accepted = float(promised.sum())
+            promised = [*compress(chain(*record.survival.tolist()), chain(*keep.tolist()))]
+            record.predicted_accepted = sum(promised)
             record.num_tokens += len(promised)
         if self.capacity.is_known and record.num_tokens:
             record.predicted_seconds = self.capacity.seconds_of(

@@ -132,7 +132,7 @@ class CompiledForward:
             # What is left in the list would be handed out of the graph, piece by piece.
             for place in range(len(captured)):
                 captured[place] = None
-            return output.logits[0], features
+            return output.logits[0].float(), features  # as sampling takes them
 
         return Direct(step, kind, self._kept)
 

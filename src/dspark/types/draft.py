@@ -77,8 +77,10 @@ class Draft:
     @property
     def real(self) -> Tensor:
         """[B, K]  which entries are tokens and which are padding."""
-        sizes = self.sizes.cpu().numpy()  # whose small operations cost a fraction of torch's
-        return torch.from_numpy(np.arange(self.tokens.shape[1]) < sizes[:, None]).to(self.sizes.device)
+        sizes, length = self.sizes.tolist(), self.tokens.shape[1]
+        if min(sizes, default=0) == length:  # nearly always, and soonest said
+            return torch.ones(len(sizes), length, dtype=torch.bool, device=self.sizes.device)
+        return torch.from_numpy(np.arange(length) < np.array(sizes)[:, None]).to(self.sizes.device)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Protocol
 
@@ -119,12 +120,12 @@ class SamplingParams:
         if not holds:
             raise InvalidRequest(f"{name} must be {expected}; got {getattr(self, name)!r}")
 
-    @property
+    @cached_property
     def penalises(self) -> bool:
         """Whether the law at a position depends on which tokens came before it, beyond what the target sees."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
+    @cached_property
     def reshapes(self) -> bool:
         """Whether the law is more than the logits at a temperature."""
         is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.grammar is not None
