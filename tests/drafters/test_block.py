@@ -11,7 +11,7 @@ from torch import Tensor
 from drafters.formulas import BLOCK, CONFIG, DFLASH, HIDDEN, VOCAB, Pair, assert_as_expected, naive_block
 from dspark.drafters.block_model import TraceBatch
 from dspark.errors import InvalidConfiguration
-from dspark.types import Request, SamplingParams
+from dspark.types import FeaturePiece, Request, SamplingParams
 from dspark.verify import Rejection
 
 
@@ -57,6 +57,30 @@ def test_not_asked_for_some_steps() -> None:
     pair.propose([b])
     pair.commit(a, [9, 10, 11], asked=False)
     assert_as_expected(pair, [a], pair.propose([a]))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_features_can_come_in_pieces_among_those_of_others(window: int | None) -> None:
+    """In a run, in rows of their own, after some that were joined, and with some that were read before."""
+    pair = Pair(window=window)
+    request = pair.request(0, 6)
+    pair.propose([request])
+    for tokens, joined in (([7, 8, 9], 0), ([5], 0), ([7, 8, 9, 5, 6, 7], 2), ([5, 6, 7, 8], 4)):
+        pair.commit(request, tokens)
+        start, features = request.features_start, pair.all_features[0]
+        request.features = features[start : start + joined] if joined else None
+        start += joined
+        count = request.num_cached - start
+        request.feature_pieces = [FeaturePiece(features, start, 1)] if count else []
+        if count > 1:
+            others, rows = features[start + 1 : start + count].flip(0), list(range(count - 1))[::-1]
+            request.feature_pieces.append(FeaturePiece(others, 0, count - 1, rows))
+        assert_as_expected(pair, [request], pair.propose([request]), window)
+        request.feature_pieces = []
+    pair.commit(request, [7, 8], asked=False)  # reads once more what it knows
+    features, request.features = request.features, None
+    request.feature_pieces = [FeaturePiece(features, 0, 1), FeaturePiece(features, 1, len(features) - 1)]
+    assert_as_expected(pair, [request], pair.propose([request]), window)
 
 
 def test_release_starts_over() -> None:

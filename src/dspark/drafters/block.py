@@ -31,7 +31,7 @@ from dspark.target.kept_graphs import kept_graphs
 from dspark.target.kernels import kernel_for
 from dspark.target.linears import with_packed_linears
 from dspark.transfer import on_device, tables_on_device
-from dspark.types import Draft, Request, Rule
+from dspark.types import Draft, FeaturePiece, Request, Rule
 
 
 @dataclass
@@ -79,6 +79,7 @@ class BlockDrafter:
         key_shape = (model.config.num_key_value_heads, model.config.head_dim)
         self._head: MarkovHead | TabulatedHead | NoHead = model.head
         self.rows = ContextRows(model.config.num_hidden_layers, key_shape, block_size, window, like=model.fc.weight)
+        self.reads_pieces = True  # where their features lie, which spares a step cutting them out
         self.leaves_chains = True  # always `length` tokens for each, which stay on the device until they are asked for
         self._is_compiled = False
         self._graph: Callable[[Step, Tensor], Outputs] | None = None  # what runs usual steps; None: `_run`
@@ -172,8 +173,9 @@ class BlockDrafter:
         runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim([r.id for r in requests], runs)
         positions = [p for run in runs for p in run]
-        (news,) = tables_on_device([[positions, rows, slots]], self.device)
-        self._write(torch.cat(pieces).to(self.dtype), news)
+        features = torch.cat([piece.cut for piece in pieces]).to(self.dtype)
+        (news,) = tables_on_device([[positions, rows, slots, range(len(positions))]], self.device)
+        self._write(features, news)
 
     def release(self, request_id: int) -> None:
         self.rows.release(request_id)
@@ -188,16 +190,17 @@ class BlockDrafter:
         runs, pieces = unread(self.rows, requests)
         rows, slots = self.rows.claim(ids, runs)
         positions = [p for run in runs for p in run]
-        features = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else self.model.fc.weight[:0]
+        features, which = self._side_by_side(pieces)
+        if for_graph and features.shape[0] == 1:
+            features = features.expand(2, -1).contiguous()
         least = (size * (self.block_size + 1) if self._needs_one_size(size) else 2) if for_graph else 0
         if 0 < len(positions) < least:
             # The first piece once more, as often as is missing: writing the same to the same slot does nothing.
             missing = least - len(positions)
-            positions, rows, slots = (values[:1] * missing + values for values in (positions, rows, slots))
-            features = features.index_select(0, _first_again(missing, least, features.device))
+            positions, rows, slots, which = (v[:1] * missing + v for v in (positions, rows, slots, which))
         starts, visible = [len(r.tokens) - 1 for r in requests], [self.rows.num_visible(i) for i in ids]
         anchors, chosen = [r.tokens[-1] for r in requests], [self.rows.row(i) for i in ids]
-        tables = [[positions, rows, slots], [anchors, starts, visible, chosen]]
+        tables = [[positions, rows, slots, which], [anchors, starts, visible, chosen]]
         news, each = tables_on_device(tables, self.device)
         mask = None
         if not (for_graph and self._has_kernel):
@@ -216,6 +219,14 @@ class BlockDrafter:
             values=self.rows.values,
         )
 
+    def _side_by_side(self, pieces: Sequence[FeaturePiece]) -> tuple[Tensor, list[int]]:
+        """Features [M, F], and which of them are the pieces' own. One piece alone is not cut out: a graph finds its rows
+        sooner than a view of them is made."""
+        if len(pieces) == 1:
+            return pieces[0].features, [*pieces[0].places]
+        features = torch.cat([piece.cut for piece in pieces]) if pieces else self.model.fc.weight[:0]
+        return features, [*range(features.shape[0])]
+
     def _needs_one_size(self, num_requests: int) -> bool:
         """Whether a graph takes as many news of so many requests as they can bring in a step, and no other number."""
         return num_requests > 1 or self._is_recorded
@@ -230,15 +241,16 @@ class BlockDrafter:
         batch, num_news = step.each.shape[1], step.news.shape[1]
         early = num_news - batch * (self.block_size + 1)
         if early > 0 and self._needs_one_size(batch):  # a prompt: all but its end is read outside
-            self._write(step.features[:early], step.news[:, :early])
-            step = step._replace(features=step.features[early:], news=step.news[:, early:].contiguous())
+            self._write(step.features, step.news[:, :early])
+            step = step._replace(news=step.news[:, early:].contiguous())
         if noise.numel() == 1:  # the same for all tokens is none at all
             noise = _silence((batch, self.length, self.model.config.vocab_size), noise.device)
         return self._graph(step, noise)
 
     def _write(self, features: Tensor, news: Tensor) -> None:
         """Keep keys and values of context, without drafting."""
-        context, (positions, rows, slots) = self.model.context(features), news
+        positions, rows, slots, which = news
+        context = self.model.context(features.index_select(0, which))
         for layer, (k, v) in enumerate(self.model.context_keys_values(context, positions)):
             self.rows.keys[layer].index_put_((rows, slots), k)
             self.rows.values[layer].index_put_((rows, slots), v)
@@ -251,7 +263,8 @@ class BlockDrafter:
         slots = torch.arange(self.block_size, device=step.anchors.device)
         tokens = torch.where(slots == 0, step.anchors[:, None], self.model.config.mask_token_id)
         positions = step.starts[:, None] + slots
-        news = self.model.context_keys_values(self.model.context(step.features), step.news[0])
+        context = self.model.context(step.features.index_select(0, step.news[3]))
+        news = self.model.context_keys_values(context, step.news[0])
         places = step.places(self.block_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -295,12 +308,6 @@ class BlockDrafter:
         e = None if embedded[0] is None else torch.stack([e for e in embedded if e is not None], 1)
         logit = self.model.confidence(hidden, e)
         return None if logit is None else torch.sigmoid(logit.float())
-
-
-@lru_cache(maxsize=256)
-def _first_again(missing: int, total: int, device: torch.device) -> Tensor:
-    """[total]  0 once for each that is missing, then 0, 1, 2, …: for reading only."""
-    return (torch.arange(total, device=device) - missing).clamp_min_(0)
 
 
 @lru_cache(maxsize=256)

@@ -14,8 +14,8 @@ from dspark.target.kernels import kernel_for
 class Step(NamedTuple):
     """Everything a step needs, as tensors: B requests, N positions that were not read before, P slots of a block.
 
-    features [N, F]         the news: committed since the last step, or by a request that was not asked
-    news [3, N]             their positions, and the rows and slots where their keys and values are kept
+    features [M, F]         those of the news among others: committed since the last step, or by a request that was not asked
+    news [4, N]             their positions, the rows and slots where their keys and values are kept, and which features
     each [4, B]             last committed tokens, their positions, how much context each block sees, and its row
     mask [B, 1, 1, P + S]   added to scores; S is the longest context. None: whole rows, for a kernel that goes by `visible`
     is_first                whether the requests have the first B rows, in order; the kernel does not ask
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
     def places(self, size: int) -> tuple[Tensor, Tensor]:
         """rows, slots [N + B*P]  of news and blocks of `size` slots, which are scratch at the beginning of a row."""
-        _, rows, slots = self.news
+        _, rows, slots, _ = self.news
         scratch = torch.arange(size, device=slots.device).expand(self.each.shape[1], size)
         return torch.cat([rows, self.chosen[:, None].expand_as(scratch).flatten()]), torch.cat(
             [slots, scratch.flatten()]

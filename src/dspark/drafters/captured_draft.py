@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dspark.drafters.block_step import Step
@@ -16,7 +17,6 @@ _log = logging.getLogger(__name__)
 
 _MOST_REQUESTS = 16  # more keep the device busy for longer than the host needs to tell it what to do
 _MOST_STEPS = 32  # recordings that are kept: rows that grow want new ones
-_COPIED = ("features", "news", "each")
 
 
 class CapturedDraft:
@@ -46,8 +46,8 @@ class CapturedDraft:
         if recording is None:
             return self._run(step, noise)
         own, replay = recording
-        for name in _COPIED:
-            getattr(own, name).copy_(getattr(step, name))
+        for there, here in zip(own[:3], _in_order(step)[:3], strict=True):
+            there.copy_(here)
         assert self._noise is not None
         self._noise[: len(noise)].copy_(noise)
         tokens, confidence = replay()
@@ -57,7 +57,7 @@ class CapturedDraft:
         """A rehearsal writes the same to the same places as the step itself."""
         if self._noise is None:
             self._noise = noise.new_zeros(_MOST_REQUESTS, *noise.shape[1:])
-        own = step._replace(**{name: getattr(step, name).clone() for name in _COPIED})
+        own = _in_order(step)
         own_noise = self._noise[: len(noise)]
         try:
             replay = self._record(lambda: self._run(own, own_noise))
@@ -68,3 +68,10 @@ class CapturedDraft:
         megabytes = self._record.num_bytes / 2**20
         _log.info("recorded drafts for %d requests: %.0f MB with those before", len(noise), megabytes)
         return own, replay
+
+
+def _in_order(step: Step) -> Step:
+    """The same in tensors of its own, with features of the news and no others: however many there were."""
+    news = step.news.clone()
+    news[3] = torch.arange(news.shape[1], device=news.device)
+    return step._replace(features=step.features.index_select(0, step.news[3]), news=news, each=step.each.clone())

@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 class CompiledDraft:
-    """Draft tokens and confidences of a Step that has news: of one request two or more, of many always as many as they can
-    bring at most.
+    """Draft tokens and confidences of a Step that has two features or more, and news: of one request two or more, of many
+    always as many as they can bring at most.
 
     run   what is compiled: (step, noise [B, K, V]) -> tokens [B, K], confidence [B, K]; tensors only
     kept  where its graphs are kept

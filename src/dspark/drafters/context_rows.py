@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark.types import Request
+from dspark.types import FeaturePiece, Request
 
 
 class ContextRows:
@@ -105,21 +105,27 @@ class ContextRows:
         return list(request_ids) == self._owners[: len(request_ids)]
 
 
-def unread(rows: ContextRows, requests: Sequence[Request]) -> tuple[list[range], list[Tensor]]:
-    """Positions of each request that were not read before, and the features [n, F] of those that have any."""
-    runs, pieces = [], []
+def unread(rows: ContextRows, requests: Sequence[Request]) -> tuple[list[range], list[FeaturePiece]]:
+    """Positions of each request that were not read before, and their features, in pieces one after another."""
+    runs: list[range] = []
+    pieces: list[FeaturePiece] = []
     for r in requests:
         start, stop = rows.num_read(r.id), r.num_cached
         assert stop == len(r.tokens) - 1, f"request {r.id}: the target has not read all but the anchor"
         if start < stop:
-            features, have = r.features, None
-            if features is not None:
-                have = range(r.features_start, r.features_start + features.shape[0])
-            assert features is not None and have and have.start <= start and have.stop == stop, (
+            own = list(r.feature_pieces)
+            if r.features is not None:
+                own.insert(0, FeaturePiece(r.features, 0, r.features.shape[0]))
+            have = range(r.features_start, r.features_start + sum(piece.num for piece in own))
+            assert have.start <= start and have.stop == stop, (
                 f"request {r.id}: features of {start}..{stop - 1} are needed, {have} are there"
             )
             if rows.window is not None:
                 start = max(start, stop - rows.window)
-            pieces.append(features if start == have.start else features[start - have.start :])
+            too_early = start - have.start
+            for piece in own:
+                if too_early < piece.num:
+                    pieces.append(piece.after(too_early) if too_early > 0 else piece)
+                too_early -= piece.num
         runs.append(range(start, stop))
     return runs, pieces

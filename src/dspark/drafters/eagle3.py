@@ -128,7 +128,7 @@ class Eagle3Drafter:
             [self.rows.row(i) for i in ids],
         ]
         tokens, positions, *where, last, visible, own = columns_on_device(numbers, self.device)
-        x = self.model.fc(torch.cat(pieces).to(self.dtype))
+        x = self.model.fc(torch.cat([piece.cut for piece in pieces]).to(self.dtype))
         inputs = layer.inputs(self._embed(tokens), x)
         rotary = self.model.rotary(positions, self.dtype)
         key, value = layer.self_attn.key_value(inputs, rotary)

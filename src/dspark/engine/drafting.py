@@ -34,6 +34,7 @@ class Drafting:
 
     def __init__(self, drafter: Drafter, target: Target, rule: Rule, guard: Guard | None) -> None:
         self.drafter, self.target, self.rule, self.guard = drafter, target, rule, guard
+        self._reads_pieces = getattr(drafter, "reads_pieces", False)
         self._failed: set[int] = set()  # requests that go on without drafts
         self._has_logged = False
         self._ids: list[int] = []  # that the guard was asked about last,
@@ -51,11 +52,10 @@ class Drafting:
         if not rows:
             return Draft.empty(len(decoding))
         asked = [decoding[b] for b in rows]
-        record.num_unread = sum(map(_join_features, asked))
+        record.num_unread = sum(map(self._offer_features, asked))
         record.num_asked = len(asked)
         draft = self._ask(record, asked)
-        for request in asked:
-            request.features_start, request.features = request.num_cached, None
+        self._drop_features(asked)
         return draft.among(rows, len(decoding))
 
     def _worth_asking(
@@ -75,7 +75,7 @@ class Drafting:
 
     def propose_unread(self, record: StepRecord, requests: Sequence[Request]) -> Draft:
         """A draft for all of them, wherever it lies, which nobody has looked at: of drafters that leave chains."""
-        record.num_unread = sum(map(_join_features, requests))
+        record.num_unread = sum(map(self._offer_features, requests))
         record.num_asked = len(requests)
         try:
             draft = self.drafter.propose(requests, self.rule)
@@ -85,8 +85,7 @@ class Drafting:
         except Exception as error:  # noqa: BLE001  # as in _ask
             self._give_up(record, requests, error)
             draft = Draft.empty(len(requests))
-        for request in requests:
-            request.features_start, request.features = request.num_cached, None
+        self._drop_features(requests)
         return draft
 
     def has_given_up(self, requests: Sequence[Request]) -> bool:
@@ -163,7 +162,7 @@ class Drafting:
         full = [r for r in left_out if r.num_cached > r.features_start + _MOST_UNREAD and r.feature_pieces]
         if not full:
             return
-        record.num_unread += sum(map(_join_features, full))
+        record.num_unread += sum(map(self._offer_features, full))
         read = getattr(self.drafter, "read", None)
         if not callable(read):
             self._ask(record, full)
@@ -174,8 +173,20 @@ class Drafting:
                 raise
             except Exception as error:  # noqa: BLE001  # as in _ask
                 self._give_up(record, full, error)
-        for request in full:
+        self._drop_features(full)
+
+    def _offer_features(self, request: Request) -> int:
+        """Have features as the drafter reads them; of how many positions."""
+        if self._reads_pieces:
+            joined = 0 if request.features is None else request.features.shape[0]
+            return joined + sum(piece.num for piece in request.feature_pieces)
+        return _join_features(request)
+
+    def _drop_features(self, requests: Sequence[Request]) -> None:
+        """The drafter has read them."""
+        for request in requests:
             request.features_start, request.features = request.num_cached, None
+            request.feature_pieces.clear()
 
 
 def _kind(request: Request) -> tuple[str | None, bool]:

@@ -58,7 +58,8 @@ class Drafter(Protocol):
 
     What it may have besides: `compile()`, called when the engine compiles; `read(requests)`, which takes in features
     without drafting, for requests that it has not been asked about for long; `calibration` of its confidences;
-    `leaves_chains`, true where every draft is a chain of `length` tokens and lies where the target is.
+    `leaves_chains`, true where every draft is a chain of `length` tokens and lies where the target is; `reads_pieces`, true
+    where it takes new features from `request.feature_pieces`, which are not joined to `request.features` for it then.
     """
 
     feature_layers: tuple[int, ...]

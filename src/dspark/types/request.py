@@ -56,6 +56,16 @@ class FeaturePiece:
     def __len__(self) -> int:
         return self.num
 
+    def after(self, num: int) -> FeaturePiece:
+        """What is left without the first `num`."""
+        rows = None if self.rows is None else self.rows[num:]
+        return FeaturePiece(self.features, self.first + num, self.num - num, rows)
+
+    @property
+    def places(self) -> Sequence[int]:
+        """[num]  rows of `features`."""
+        return range(self.first, self.first + self.num) if self.rows is None else self.rows
+
     @property
     def cut(self) -> Tensor:
         """[num, F]"""
