@@ -77,6 +77,26 @@ def test_a_device_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch
     cache.check()
 
 
+@pytest.mark.parametrize("num_slots", [10, 200])
+def test_slots_that_several_own_are_free_when_the_last_one_lets_go(num_slots: int) -> None:
+    """Few of them are counted one by one, and many at once."""
+    cache = KVCache(512)
+    slots = cache.reserve(1, num_slots).copy()
+    cache.adopt(2, slots)
+    cache.adopt(3, slots[:5])
+    cache.release(1)
+    cache.check()
+    assert cache.num_free_slots == 512 - num_slots
+    cache.keep(2, 2, [])
+    cache.check()
+    assert cache.num_free_slots == 512 - 5
+    cache.release(3)
+    assert cache.num_free_slots == 512 - 2
+    again = cache.reserve(4, num_slots - 2)
+    cache.check()
+    assert sorted([*again, *cache.slots_of(2)]) == sorted(slots)  # before any that was never used
+
+
 def test_unknown_requests_are_empty() -> None:
     cache = KVCache(10)
     cache.release(5)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dspark.errors import OutOfSlots
 
 _FIRST_ALLOCATION = 1024  # slots; doubled whenever they run out
+_FEW = 32  # slots up to which one by one is sooner than as an array
 
 
 class _SlotList:
@@ -74,7 +75,7 @@ class KVCache:
         self._num_touched = 0  # slots from here on have never been handed out
         self._grows = True
         self._num_allocated = min(_FIRST_ALLOCATION, limit)
-        self._num_owners = [0] * limit  # by slot; a list, for mostly a few of them change
+        self._count_owners_of(limit)
         self._spare: Spare | None = None
 
     @property
@@ -137,9 +138,13 @@ class KVCache:
         slots.extend(range(self._num_touched, self._num_touched + num_slots - num_reused))
         self._num_touched += num_slots - num_reused
         owned.append(slots)
-        for slot in slots:
-            self._num_owners[slot] = 1
-        return owned.array[owned.length - num_slots : owned.length]
+        new = owned.array[owned.length - num_slots : owned.length]
+        if num_slots > _FEW:
+            self._num_owners[new] = 1
+        else:
+            for slot in slots:
+                self._few_owners[slot] = 1
+        return new
 
     def keep(self, request_id: int, start: int, chosen: Sequence[int]) -> None:
         """Of the request's slots from position `start` on keep those at `chosen` (relative to start, in this order).
@@ -178,14 +183,18 @@ class KVCache:
 
     def share(self, slots: np.ndarray) -> None:
         """One more owner of slots that have one."""
-        for slot in slots.tolist():
-            self._num_owners[slot] += 1
+        self._num_owners[slots] += 1
 
     def give_up(self, slots: np.ndarray) -> None:
         """One owner fewer; slots without any are free."""
+        if len(slots) > _FEW:
+            self._num_owners[slots] -= 1
+            self._free += slots[self._num_owners[slots] == 0].tolist()
+            return
+        owners = self._few_owners
         for slot in slots.tolist():
-            self._num_owners[slot] -= 1
-            if not self._num_owners[slot]:
+            owners[slot] -= 1
+            if not owners[slot]:
                 self._free.append(slot)
 
     def lend_spare_slots_to(self, spare: Spare) -> None:
@@ -207,7 +216,7 @@ class KVCache:
         if self._spare is not None:
             self._spare.give_back(self.limit)
         self.limit, self._free, self._num_touched = limit, [], 0
-        self._num_owners = [0] * limit
+        self._count_owners_of(limit)
         self._num_allocated = min(_FIRST_ALLOCATION, limit) if self._grows else limit
         self.num_moves += 1
         for layer, (keys, values) in self.storage.items():
@@ -229,9 +238,14 @@ class KVCache:
         for slots in (*map(self.slots_of, self._owned), *spare):
             assert len(set(slots.tolist())) == len(slots), "a slot occurs twice in one request"
             num_owners[slots] += 1
-        assert num_owners.tolist() == self._num_owners[: self._num_touched], "a slot was lost, or is owned twice"
+        assert np.array_equal(num_owners, self._num_owners[: self._num_touched]), "a slot was lost, or is owned twice"
         assert sorted(self._free) == np.flatnonzero(num_owners == 0).tolist(), "a slot was lost, or is free and owned"
         assert self._num_touched <= self._num_allocated <= self.limit, "more slots in use than there is memory for"
+
+    def _count_owners_of(self, num_slots: int) -> None:
+        """From none on. The same memory twice: for many slots at once, and one by one."""
+        self._num_owners = np.zeros(num_slots, dtype=np.int32)
+        self._few_owners = memoryview(self._num_owners)
 
     def _make_room(self, num_slots: int) -> None:
         """See to it that so many slots can be handed out, with memory behind them."""
