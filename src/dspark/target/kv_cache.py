@@ -245,7 +245,7 @@ class KVCache:
     def _count_owners_of(self, num_slots: int) -> None:
         """From none on. The same memory twice: for many slots at once, and one by one."""
         self._num_owners = np.zeros(num_slots, dtype=np.int32)
-        self._few_owners = memoryview(self._num_owners)
+        self._few_owners = self._num_owners.data
 
     def _make_room(self, num_slots: int) -> None:
         """See to it that so many slots can be handed out, with memory behind them."""
