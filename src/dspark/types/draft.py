@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Draft:
     @classmethod
     def empty(cls, num_requests: int) -> Draft:
         """Nothing proposed: plain decoding."""
-        return cls(torch.zeros(num_requests, 0, dtype=torch.long), torch.zeros(num_requests, dtype=torch.long))
+        return cls(*_nothing(num_requests))
 
     def on_host(self) -> Draft:
         """The same with everything that the host decides on in its memory; the laws stay where they are."""
@@ -77,10 +78,16 @@ class Draft:
     @property
     def real(self) -> Tensor:
         """[B, K]  which entries are tokens and which are padding."""
-        sizes, length = self.sizes.tolist(), self.tokens.shape[1]
-        if min(sizes, default=0) == length:  # nearly always, and soonest said
-            return torch.ones(len(sizes), length, dtype=torch.bool, device=self.sizes.device)
-        return torch.from_numpy(np.arange(length) < np.array(sizes)[:, None]).to(self.sizes.device)
+        length = self.tokens.shape[1]
+        rows = [[True] * size + [False] * (length - size) for size in self.sizes.tolist()]
+        real = torch.from_numpy(np.array(rows, dtype=bool).reshape(self.tokens.shape))  # sooner written than computed
+        return real if self.sizes.device.type == "cpu" else real.to(self.sizes.device)
+
+
+@lru_cache(maxsize=64)
+def _nothing(num_requests: int) -> tuple[Tensor, Tensor]:
+    """Tokens and sizes where nothing is proposed, for reading only: plain decoding asks for them in every step."""
+    return torch.zeros(num_requests, 0, dtype=torch.long), torch.zeros(num_requests, dtype=torch.long)
 
 
 @dataclass
