@@ -132,14 +132,17 @@ def test_a_calibration_is_where_learning_starts() -> None:
     assert torch.allclose(LiveBeliefs(calibration).survival(draft, requests), expected, atol=1e-4)
 
 
-def test_what_is_believed_is_what_is_learned_from() -> None:
-    """Believed by a law made ready for whole drafts, learned from features token by token: the same log-odds."""
+@pytest.mark.parametrize("num_times", [1, 4])
+@pytest.mark.parametrize("classes", [["", "a", "b", ""], [""] * 4])
+def test_what_is_believed_is_what_is_learned_from(classes: list[str], num_times: int) -> None:
+    """Believed by a law made ready for whole drafts, few or many, learned from features of tokens: the same log-odds."""
     calibration = Calibration((0.8, 10.0, 0.1), (0.3, 30.0, -1.0))
-    live, classes = LiveBeliefs(calibration, 5), ["", "a", "b", ""]
+    live, classes = LiveBeliefs(calibration, 5), classes * num_times
     requests = [request(b, name or None) for b, name in enumerate(classes)]
     confidence = torch.tensor([0.0, 1e-6, 0.02, 0.5, 0.7, 1.0]).expand(4, 6).clone()
     confidence[2:] = confidence[2:].flip(1)
-    draft = Draft(torch.zeros(4, 6, dtype=torch.long), torch.full((4,), 6), confidence)
+    confidence = confidence.repeat(num_times, 1)
+    draft = Draft(torch.zeros(confidence.shape, dtype=torch.long), torch.full((len(classes),), 6), confidence)
     live.survival(draft, requests)  # classes begin
     for n, learner in enumerate(live.classes.values()):
         learner.coefficients = np.linspace(0.5, 1.0, 8) * (1 + n)

@@ -6,6 +6,7 @@ choice that is made with it anticipates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.calibration import LOGIT_LIMIT, Calibration
+from dspark.budget.judged import FEW
 from dspark.budget.online_logistic import Array, OnlineLogistic, sigmoid
 from dspark.types import Draft, Request
 
@@ -29,7 +31,7 @@ _MOST_RECORDS = 4096
 class Stated(NamedTuple):
     """What is known of draft tokens before they are judged.
 
-    confidence [B, K]  within what the map looks at
+    confidence [B, K]  as the drafter gave it
     place [B, K]       position from 0, no deeper than there are beliefs about
     at                 the same for all that is kept by position: its first K, or as `place` has them
     own                B log-odds: how each request has fared beside others
@@ -44,13 +46,15 @@ class Stated(NamedTuple):
 class Law(NamedTuple):
     """A learner's map, made ready: the log-odds of a token are slope · logit(c) + offset + own_share · own.
 
-    slope, offset [positions]; coefficients are those that it was made of
+    slope, offset [positions], and the same as lists; coefficients are those that it was made of
     """
 
     coefficients: Array
     slope: Array
     offset: Array
     own_share: float
+    slopes: list[float]
+    offsets: list[float]
 
 
 class AcceptanceMap:
@@ -68,6 +72,7 @@ class AcceptanceMap:
         self._least, self._most, self._unstated = (
             self._confidence(z) for z in (-_LOGIT_LIMIT, _LOGIT_LIMIT, _UNSTATED)
         )
+        self._bounds = list(zip(self._least.tolist(), self._most.tolist(), strict=True))
         self._in_chains = lru_cache(maxsize=256)(self._places_in_chains)
 
     def _confidence(self, calibrated: float) -> Array:
@@ -88,42 +93,56 @@ class AcceptanceMap:
         """What the draft says of itself, and own (B)."""
         at: slice | NDArray[np.int64]
         if draft.parents is None:
-            place, at, least, most = self._in_chains(*draft.tokens.shape)
+            place, at = self._in_chains(*draft.tokens.shape)
         else:
             place = at = np.minimum(draft.depth.numpy() - 1, self.num_positions - 1)
-            least, most = self._least[place], self._most[place]
-        if draft.confidence is None:
-            return Stated(self._unstated[place], place, at, own)
-        # np.clip takes longer than the two
-        confidence = np.minimum(np.maximum(draft.confidence.numpy().astype(np.float64), least), most)
-        return Stated(confidence, place, at, own)
+        confidence = None if draft.confidence is None else draft.confidence.numpy().astype(np.float64)
+        return Stated(self._unstated[place] if confidence is None else confidence, place, at, own)
 
-    def _places_in_chains(
-        self, num_requests: int, length: int
-    ) -> tuple[NDArray[np.int64], slice | NDArray[np.int64], Array, Array]:
+    def _places_in_chains(self, num_requests: int, length: int) -> tuple[NDArray[np.int64], slice | NDArray[np.int64]]:
         row = np.minimum(np.arange(length), self.num_positions - 1)
-        place = np.tile(row, (num_requests, 1))
-        return place, slice(length) if length <= self.num_positions else row, self._least[place], self._most[place]
+        return np.tile(row, (num_requests, 1)), slice(length) if length <= self.num_positions else row
 
     def law(self, learner: OnlineLogistic) -> Law:
         """What the learner has learned, ready for `apply`."""
         slope, offsets, own_share = self.terms(learner)
-        return Law(learner.coefficients, slope * self._slopes, slope * self._offsets + offsets, own_share)
+        slopes, offsets = slope * self._slopes, slope * self._offsets + offsets
+        return Law(learner.coefficients, slopes, offsets, own_share, slopes.tolist(), offsets.tolist())
 
     def apply(self, laws: Sequence[Law], stated: Stated) -> Array:
         """[B, K]  P(accepted | ancestors accepted), each request by its law (B), or all by one."""
-        own = np.array(stated.own)[:, None]
+        if stated.confidence.size <= FEW:
+            return self._token_by_token(laws, stated)
+        confidence, own = self._within_bounds(stated.confidence, stated.at), np.array(stated.own)[:, None]
         if len(laws) == 1:
             slope, offset, by_record = laws[0].slope[stated.at], laws[0].offset[stated.at], laws[0].own_share * own
         else:
             rows = list(zip(laws, stated.place, strict=True))
             slope, offset = np.stack([law.slope[p] for law, p in rows]), np.stack([law.offset[p] for law, p in rows])
             by_record = np.array([law.own_share for law in laws])[:, None] * own
-        return sigmoid(np.log(stated.confidence / (1 - stated.confidence)) * slope + (offset + by_record))
+        return sigmoid(np.log(confidence / (1 - confidence)) * slope + (offset + by_record))
+
+    def _token_by_token(self, laws: Sequence[Law], stated: Stated) -> Array:
+        """The same as `apply`, without arrays."""
+        rows = []
+        for b, (confidence, place) in enumerate(zip(stated.confidence.tolist(), stated.place.tolist(), strict=True)):
+            law, believed = laws[b % len(laws)], []
+            by_record = law.own_share * stated.own[b]
+            for c, p in zip(confidence, place, strict=True):
+                least, most = self._bounds[p]
+                c = least if c < least else most if c > most else c
+                log_odds = math.log(c / (1 - c)) * law.slopes[p] + (law.offsets[p] + by_record)
+                believed.append(1 / (1 + math.exp(-log_odds)))
+            rows.append(believed)
+        return np.array(rows).reshape(stated.confidence.shape)
+
+    def _within_bounds(self, confidence: Array, at: slice | NDArray[np.int64]) -> Array:
+        return np.minimum(np.maximum(confidence, self._least[at]), self._most[at])
 
     def features(self, confidence: Array, place: NDArray[np.int64], own: Array) -> Array:
         """[N, D] such that features · coefficients are the log-odds of tokens: confidence and place as stated, own [N]."""
         x = np.zeros((len(place), _SHARED + self.num_positions))
+        confidence = self._within_bounds(confidence, place)
         x[:, 0] = np.log(confidence / (1 - confidence)) * self._slopes[place] + self._offsets[place]
         x[:, 1], x[:, 2] = own, 1.0
         x[np.arange(len(place)), _SHARED + place] = 1.0
@@ -146,16 +165,13 @@ class OwnRecords:
         found = (self._records.get(request.id, (0.0, 0.0)) for request in requests)
         return [miss / (evidence + _PRIOR_EVIDENCE) for miss, evidence in found]
 
-    def note(self, requests: Sequence[Request], own: Sequence[float], believed: Array, happened: Array) -> None:
-        """Judged tokens [B, K], 0 and 0 where none was; own (B) are the offsets that `believed` counted in."""
-        misses = np.add.reduce(happened - believed, 1).tolist()
-        evidence = np.add.reduce(believed * (1 - believed), 1).tolist()
-        for request, offset, miss, e in zip(requests, own, misses, evidence, strict=True):
-            if request.finish_reason is not None:
-                self._records.pop(request.id, None)
-            elif e:
-                a, b = self._records.get(request.id, (0.0, 0.0))
-                # Missed although an offset of its own was counted in: what that explained is added back.
-                self._records[request.id] = (_RECORD_FADE * a + miss + e * offset, _RECORD_FADE * b + e)
-        while len(self._records) > _MOST_RECORDS:
-            del self._records[next(iter(self._records))]  # the oldest: a cancelled request is not seen again
+    def note(self, request: Request, own: float, miss: float, evidence: float) -> None:
+        """Of a request's judged tokens: sums of y - p and of p (1 - p), where p counted the offset `own` in."""
+        if request.finish_reason is not None:
+            self._records.pop(request.id, None)
+        elif evidence:
+            a, b = self._records.get(request.id, (0.0, 0.0))
+            # Missed although an offset of its own was counted in: what that explained is added back.
+            self._records[request.id] = _RECORD_FADE * a + miss + evidence * own, _RECORD_FADE * b + evidence
+            if len(self._records) > _MOST_RECORDS:
+                del self._records[next(iter(self._records))]  # the oldest: a cancelled request is not seen again

@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from dspark.budget.acceptance_map import AcceptanceMap, Law, OwnRecords, Stated
 from dspark.budget.calibration import Calibration
+from dspark.budget.judged import Judged, judge
 from dspark.budget.online_logistic import Array, OnlineLogistic
-from dspark.budget.prefix_scheduler import parent_survival, survival_of
+from dspark.budget.prefix_scheduler import survival_of
 from dspark.budget.running_error import RunningError
 from dspark.errors import CheckpointError
 from dspark.types import Draft, Request, StepRecord
@@ -68,14 +70,16 @@ class _Asked(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What came of a step's drafts [B, K], until it is learned."""
+    """What came of a step's drafts, until it is learned.
+
+    left_out  [B, K] by the scheduler, before whole drafts were drawn; None: nothing
+    classes   of the drafts with any judged token
+    """
 
     asked: _Asked
-    judged: NDArray[np.bool_]  # draft tokens that were verified and reached
-    happened: Array  # of those: 0 or 1, or how likely it was to happen; 0 elsewhere
-    believed: Array  # of those; 0 elsewhere
-    left_out: NDArray[np.bool_] | None  # by the scheduler, before whole drafts were drawn; None: nothing
-    classes: list[str]  # of the drafts with any such token
+    judged: Judged
+    left_out: NDArray[np.bool_] | None
+    classes: list[str]
 
 
 class LiveBeliefs:
@@ -151,7 +155,6 @@ class LiveBeliefs:
         if record.request_ids != [r.id for r in asked.requests] or not record.kept.shape[1]:
             return
         outcome = self._outcome(asked, record, record.kept, record.accepted_nodes)
-        self._own.note(asked.requests, asked.stated.own, outcome.believed, outcome.happened)
         if outcome.classes:
             self._waiting.append(outcome)
             self._num_waiting += len(outcome.classes)
@@ -167,20 +170,21 @@ class LiveBeliefs:
         if not self._waiting:
             return
         waiting, self._waiting, self._num_waiting = self._waiting, [], 0
-        judged = np.concatenate([o.judged for o in waiting], None)
+        starts = accumulate((o.asked.believed.size for o in waiting), initial=0)
+        judged = np.concatenate([np.array(o.judged.tokens) + start for o, start in zip(waiting, starts, strict=False)])
 
         def of_judged(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
             return np.concatenate(list(values), None)[judged]
 
-        y, believed = of_judged(o.happened for o in waiting), of_judged(o.believed for o in waiting)
+        y, believed = np.concatenate([o.judged.happened for o in waiting]), of_judged(o.asked.believed for o in waiting)
         places = of_judged(o.asked.stated.place for o in waiting)
-        lengths = [o.judged.shape[1] for o in waiting for _ in o.asked.requests]
+        lengths = [o.asked.believed.shape[1] for o in waiting for _ in o.asked.requests]
         drafts = np.repeat(np.arange(len(lengths)), lengths)[judged]
         own = np.array([own for o in waiting for own in o.asked.stated.own])[drafts]
         x = self.map.features(of_judged(o.asked.stated.confidence for o in waiting), places, own)
         w = np.ones(len(y))
         if any(o.left_out is not None for o in waiting):
-            left_out = (np.zeros_like(o.judged) if o.left_out is None else o.left_out for o in waiting)
+            left_out = (np.zeros(o.asked.believed.shape, bool) if o.left_out is None else o.left_out for o in waiting)
             w[of_judged(left_out)] = self._weight_if_drawn
         rounds = [name for o in waiting for name in o.classes]
         self.running_error.add(places, believed, y)
@@ -206,27 +210,24 @@ class LiveBeliefs:
         self._logged_at[name] = learner.num_rounds
 
     def _outcome(self, asked: _Asked, record: StepRecord, kept: Tensor, accepted: Tensor) -> _Outcome:
-        happened, judged = accepted.numpy(), kept.numpy().copy()
-        if record.parents is None:
-            judged[:, 1:] &= happened[:, :-1]
-        else:
-            draft = Draft(kept, kept.sum(1), parents=record.parents)
-            judged &= parent_survival(draft, accepted.double()).numpy() > 0
+        """What is to be learned of a step, with others; requests' own records know of it at once."""
+        chances = None if record.chances is None else record.chances.numpy()
+        parents = None if record.parents is None else record.parents.numpy()
+        may_tell = kept.numpy()
         for b, request in enumerate(asked.requests):
             if request.finish_reason == "stop":  # what the target thinks of a draft past the end means nothing
                 depth = Draft(kept, kept.sum(1), parents=record.parents).depth[b].numpy()
-                judged[b] &= depth <= len(request.tokens) - asked.num_tokens[b]
+                may_tell = may_tell.copy()
+                may_tell[b] &= depth <= len(request.tokens) - asked.num_tokens[b]
+        judged = judge(may_tell, accepted.numpy(), parents, chances, asked.believed)
+        for request, own, miss, e in zip(asked.requests, asked.stated.own, judged.misses, judged.evidence, strict=True):
+            self._own.note(request, own, miss, e)
         left_out = None
         if record.chosen is not None and record.chosen is not kept:
             left_out = kept.numpy() & ~record.chosen.numpy()
             self.num_full += int(left_out.any(1).sum())
-        if record.chances is not None:  # where known, the same on average and less of a gamble
-            chances = record.chances.numpy()
-            happened = np.where(np.isnan(chances), happened, chances)
-        happened, believed = np.where(judged, happened, 0.0), np.where(judged, asked.believed, 0.0)
-        has_any = np.logical_or.reduce(judged, 1).tolist()
-        classes = [name for name, is_judged in zip(asked.classes, has_any, strict=True) if is_judged]
-        return _Outcome(asked, judged, happened, believed, left_out, classes)
+        classes = [name for name, e in zip(asked.classes, judged.evidence, strict=True) if e]
+        return _Outcome(asked, judged, left_out, classes)
 
     @property
     def _weight_if_drawn(self) -> float:
