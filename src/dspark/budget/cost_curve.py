@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 _MOST_PLACES = 256
 _MEDIAN_OF = 9
 _SPEED_FROM = 15  # ratios of steps to earlier ones at their places
+_SPEED_EVERY = 3  # steps between looks at them
 _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
 _MOST_BETWEEN_FITS, _FEWEST_BETWEEN_FITS = 256, 45  # a fit, with what is looked up in it, takes a fifth of a small step
 _NEAR = 2  # places of size whose steps say what to expect of a new one
@@ -152,7 +153,8 @@ class CostCurve:
         place.seconds.append(value)
         self.num_observed += 1
         place.latest = self.num_observed
-        self._follow_speed()
+        if self.num_observed % _SPEED_EVERY == 0:
+            self._follow_speed()
         is_time_to_look = self.num_observed % _SPEED_FROM == 0
         if is_time_to_look and self._is_off():
             self._fit_after = min(self._fit_after, self._fitted_at + _FEWEST_BETWEEN_FITS)

@@ -10,7 +10,8 @@ from dspark.types import Request, Span
 
 def is_reading(request: Request) -> bool:
     """Whether the target still has to read more than the anchor: a new prompt, or everything after a preemption."""
-    return len(request.pending) > 1 or len(request.tokens) == request.num_prompt_tokens
+    num_tokens = len(request.tokens)
+    return num_tokens > request.num_cached + 1 or num_tokens == request.num_prompt_tokens
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Batcher:
     def admit(self, num_free: int) -> list[Request]:
         """Let waiting requests in while there are slots for all their tokens besides what the running ones may take."""
         admitted: list[Request] = []
+        if not self.waiting:
+            return admitted
         promised = self._promised
         while (need := self._need_of_next(num_free - promised)) is not None:
             promised += need
@@ -80,7 +83,7 @@ class Batcher:
     @property
     def _promised(self) -> int:
         """Slots that the running requests may take."""
-        return sum(len(r.pending) - 1 + self.lookahead for r in self.running)
+        return sum(len(r.tokens) - r.num_cached - 1 + self.lookahead for r in self.running)
 
     def _need_of_next(self, num_free: int) -> int | None:
         """Slots of the first that waits; None: nobody does, or there are too few, or too many run already."""

@@ -141,8 +141,10 @@ def verify_spans(requests: list[Request], draft: Draft, keep: Tensor) -> list[Sp
     parents = [None] * len(requests) if draft.parents is None else draft.parents.tolist()
     for request, tokens, kept, tree in zip(requests, draft.tokens.tolist(), keep.tolist(), parents, strict=True):
         nodes = [k for k, is_kept in enumerate(kept) if is_kept]
-        place = {-1: 0} | {k: 1 + i for i, k in enumerate(nodes)}
-        span_parents = None if tree is None else [-1, *(place[tree[k]] for k in nodes)]
+        span_parents = None
+        if tree is not None:
+            place = {-1: 0} | {k: 1 + i for i, k in enumerate(nodes)}
+            span_parents = [-1, *(place[tree[k]] for k in nodes)]
         span_tokens = [request.tokens[-1], *(tokens[k] for k in nodes)]
         spans.append(Span(request.id, request.num_cached, span_tokens, span_parents, num_logits=len(span_tokens)))
     return spans
