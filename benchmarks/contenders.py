@@ -28,24 +28,28 @@ class Ours:
 
     family = "ours"
 
-    def __init__(self, name: str, engine: Any, records: list[Any], max_requests: int = 1_000) -> None:
-        """records: the list that an observer of the engine appends each StepRecord to."""
-        self.name, self.engine, self.records, self.max_requests = name, engine, records, max_requests
+    def __init__(self, name: str, engine: Any, max_requests: int = 1_000) -> None:
+        self.name, self.engine, self.max_requests = name, engine, max_requests
         self.is_speculative = name != PLAIN
 
     def run(self, prompts: Sequence[Sequence[int]], num_tokens: int, temperature: float, seed: int) -> Run:
         params = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
-        self.records.clear()
+        # As `generate` does it. Nobody observes the engine: that would be timed as well.
+        steps: list[tuple[bool, dict[str, float]]] = []
         start = time.perf_counter()
-        generations = self.engine.generate([list(p) for p in prompts], params)
+        requests = [self.engine.submit(list(p), params) for p in prompts]
+        while any(r.finish_reason is None for r in requests):
+            record = self.engine.step()
+            steps.append((record.num_prompt_tokens > 0, record.seconds))
+        generations = [self.engine.result(r) for r in requests]
         seconds = time.perf_counter() - start
-        decoding = [r for r in self.records if not r.num_prompt_tokens]
+        decoding = [spent for is_reading, spent in steps if not is_reading]
         phases: dict[str, float] = defaultdict(float)
-        for record in decoding:
-            for phase, spent in record.seconds.items():
+        for step in decoding:
+            for phase, spent in step.items():
                 phases[phase] += spent
-        in_steps = sum(sum(record.seconds.values()) for record in self.records)
-        phases["between steps"] = (seconds - in_steps) * len(decoding) / max(1, len(self.records))
+        in_steps = sum(sum(spent.values()) for _, spent in steps)
+        phases["between steps"] = (seconds - in_steps) * len(decoding) / max(1, len(steps))
         return Run(
             token_ids=[list(g.token_ids) for g in generations],
             seconds=seconds,
@@ -61,7 +65,7 @@ class Ours:
         return len(self.engine.generate([list(prompt)], params)[0].token_ids)
 
     def close(self) -> None:
-        self.records.clear()
+        pass
 
 
 class Transformers:

@@ -230,9 +230,8 @@ class Benchmark:
         )
         ours: list[Contender] = []
         for policy in options.policies:
-            records: list[Any] = []
             name = PLAIN if policy == "off" else f"ours: dspark@{policy}"
-            ours.append(Ours(name, self.ready.engine(policy, records), records))
+            ours.append(Ours(name, self.ready.engine(policy)))
         results = self.found["decode"]
         for index, requests in enumerate(options.requests):
             if results and time.monotonic() > deadline:

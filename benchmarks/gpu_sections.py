@@ -20,7 +20,7 @@ from dspark.drafters.block import BlockDrafter
 from dspark.engine import measuring
 from dspark.target.deterministic import make_deterministic
 from dspark.target.target import Target
-from dspark.types import Span, StepRecord
+from dspark.types import Observer, Span, StepRecord
 
 Say = Callable[[str], None]
 
@@ -128,8 +128,8 @@ class Ready:
         self.drafter = ReplayedDrafter(drafter, dice)
         self.capacity = Capacity()
 
-    def engine(self, policy: str, records: list[StepRecord]) -> Engine:
-        """`off`, or a scheduler's name; records: gets the StepRecord of every step."""
+    def engine(self, policy: str, *observers: Observer) -> Engine:
+        """`off`, or a scheduler's name."""
         is_off = policy == "off"
         engine = Engine(
             self.target,
@@ -138,7 +138,7 @@ class Ready:
             max_num_seqs=self.max_requests,
             max_num_batched_tokens=PROMPT_TOKENS,
             capacity=self.capacity,
-            observers=[records.append],
+            observers=observers,
         )
         engine.rule = ReplayedRule(engine.rule, self.dice)
         return engine
@@ -172,7 +172,7 @@ def _decoding_steps(
     # While others still read their prompts, the first ones write: one token a step, undrafted.
     most = (2 * repeats + 4) * (1 + ready.drafter.length) + 4 * requests * context // PROMPT_TOKENS + 8
     ready.target.resize(requests * (context + most + 16))
-    engine = ready.engine(policy, records)
+    engine = ready.engine(policy, records.append)
     scheduler, engine.choosing.scheduler = engine.choosing.scheduler, FixedLength(0)
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, seed=0)
     running = [engine.submit(list(p.token_ids), params) for p in random_prompts(ready.target, requests, context)]
@@ -195,7 +195,7 @@ def _decoding_steps(
 
 def learn_costs(ready: Ready, loads: Sequence[int], context: int, seconds: float, say: Say) -> None:
     """Measure what `dspark profile` would have measured, so that policies that weigh costs begin with them."""
-    engine = ready.engine(f"fixed:{ready.drafter.length}", [])
+    engine = ready.engine(f"fixed:{ready.drafter.length}")
     measuring.measure(engine, measuring.Grid(tuple(loads), (context,), repeats=3, seconds=seconds), say)
 
 

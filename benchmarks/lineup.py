@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -83,7 +82,6 @@ def _load_ours(options: argparse.Namespace, is_wanted: Callable[[str], bool], sa
     engines: list[Contender] = []
     for chosen in wanted:
         say(f"loading {chosen.name}")
-        records: list[Any] = []
         engine = Engine(
             target,
             load_drafter(chosen.source, target),
@@ -91,9 +89,8 @@ def _load_ours(options: argparse.Namespace, is_wanted: Callable[[str], bool], sa
             rule="coupled",
             max_num_seqs=max(32, *options.requests),
             compile=options.compile,
-            observers=[records.append],
         )
-        engines.append(Ours(chosen.name, engine, records))
+        engines.append(Ours(chosen.name, engine))
     return engines
 
 

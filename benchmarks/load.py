@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         texts = read_prompts(options, target)
         engines = load_engines(options, target, texts)
         if peers:
-            peers = [Ours(p, engines[BATCH + p], []) for p in (OFF, "auto") if BATCH + p in engines] + peers
+            peers = [Ours(p, engines[BATCH + p]) for p in (OFF, "auto") if BATCH + p in engines] + peers
         some = engines[OFF]
         leave_alone()
         slices = sweep(options, engines, peers, texts, sweep_ends, say)

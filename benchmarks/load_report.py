@@ -59,7 +59,7 @@ def cell(
         1 + accepted / decoded,
         sum(s.asked for s in slices) / decoded,
         1 - accepted / verified if verified else 0.0,
-        predicted / accepted if accepted else None,
+        predicted / accepted if predicted and accepted else None,  # of a fixed length nothing is foretold
         statistics.median(errors) if errors else None,
         sum(s.phases["schedule"] for s in slices) / seconds,
     )

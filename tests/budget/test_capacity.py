@@ -119,3 +119,16 @@ def test_one_place_for_each_kind_of_engine(monkeypatch, tmp_path):
     path = usual_path(HERE)
     assert path.is_relative_to(tmp_path) and path == usual_path(dict(reversed(HERE.items())))
     assert path != usual_path({**HERE, "threads": "2"})
+
+
+def test_what_was_noted_while_nobody_asked_is_learned_when_somebody_does():
+    capacity, asked_always = Capacity(), Capacity()
+    for n in range(3000):
+        asked_always.seconds_of(4, 4, 400)
+        for each in (capacity, asked_always):
+            each.observe(step(4 + n % 3, 4, 100))
+    assert capacity.decoding.num_observed == 0 and asked_always.decoding.num_observed > 2900
+    assert len(capacity._waiting) < 1500  # it is bounded
+    sizes = np.arange(4, 7)
+    assert capacity.seconds(sizes, 4, 400) == pytest.approx(asked_always.seconds(sizes, 4, 400), rel=0.02)
+    assert capacity.is_known and not capacity._waiting

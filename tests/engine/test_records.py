@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
@@ -233,9 +232,9 @@ def test_records_and_labels_are_what_happened(target, prompts, texts, tree, rule
         if record.kept is not None and record.kept.shape[1]:
             expected = labels(tally, record)
             noted = {
-                place: float(o.happened[place])
+                divmod(int(token), record.kept.shape[1]): float(happened)
                 for o in beliefs._waiting
-                for place in map(tuple, np.argwhere(o.judged).tolist())
+                for token, happened in zip(o.judged.tokens, o.judged.happened, strict=True)
             }
             assert noted == pytest.approx(expected)
             num_labels += len(expected)

@@ -399,3 +399,19 @@ def test_graphs_are_built_where_there_is_hardly_room(tmp_path, texts, monkeypatc
     drafter.compile = lambda: None
     engine = Engine(small, drafter, compile=True, num_slots=16, capacity=Capacity())
     assert engine.max_length < 17 and small.num_free_slots == small.cache.limit
+
+
+def test_with_a_fixed_length_steps_are_foretold_for_those_who_watch_only(target, texts):
+    def drafted(*observers):
+        engine = Engine(target, Sure(texts), "fixed:3", capacity=Known(), observers=observers)
+        request = engine.submit(PROMPTS[0], SamplingParams(temperature=1, seed=4, max_tokens=40))
+        records = []
+        while request.finish_reason is None:
+            records.append(engine.step())
+        assert request.tokens == texts[0]
+        return [r for r in records if any(r.drafted)]
+
+    alone, watched = drafted(), drafted(lambda record: None)
+    assert [r.verified for r in alone] == [r.verified for r in watched] and len(alone) > 5
+    assert all(r.survival is None and r.predicted_seconds == r.predicted_accepted == 0 for r in alone)
+    assert all(r.survival is not None and r.predicted_seconds > 0 < r.predicted_accepted for r in watched)

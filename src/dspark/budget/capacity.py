@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,24 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
 _TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
+_MOST_WAITING = 1024  # steps that wait to be learned from while nobody asks; older ones tell nothing that these do not
 _LITTLE = 64  # steps
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]
+
+
+class _Step(NamedTuple):
+    """What is kept of a step until it is learned from: the record itself has tensors, which are better let go of.
+
+    drafting  requests asked for, their context tokens, and seconds; None: there was no usual draft
+    """
+
+    is_reading: bool
+    tokens: int
+    requests: int
+    context: int
+    seconds: float
+    drafting: tuple[int, int, float] | None
 
 
 class Capacity:
@@ -34,17 +50,20 @@ class Capacity:
 
     fingerprint  what the seconds are true of: hardware, model, dtype, versions; a file of another one is refused
 
-    Steps that read prompts have a curve of their own: they take another way through the target.
+    Steps that read prompts have a curve of their own: they take another way through the target. Learning waits until
+    somebody asks: with a length that the user fixed, and nobody who watches, hardly anybody does.
     """
 
     def __init__(self, fingerprint: Fingerprint | None = None) -> None:
         self.fingerprint = dict(fingerprint or {})
         self.decoding, self.reading, self.drafting = CostCurve(), CostCurve(), CostCurve()
-        self._waiting: list[StepRecord] = []
+        self._waiting: deque[_Step] = deque(maxlen=_MOST_WAITING)
+        self._is_asked = False  # since it last learned
 
     @property
     def is_known(self) -> bool:
         """Whether steps have been seen, so that `seconds` has something to go by."""
+        self._note_question()
         return self.decoding.is_known
 
     def seconds(
@@ -57,37 +76,48 @@ class Capacity:
         """The same for one step."""
         return self._curve(is_reading).seconds_of(tokens, requests, context_tokens)
 
+    def _note_question(self) -> None:
+        """Whoever asks is told what the steps before have shown, those of the time when nobody asked included."""
+        if not self._is_asked:
+            self._is_asked = True
+            if len(self._waiting) > _TOGETHER or self.decoding.num_observed < _LITTLE:
+                self.learn_waiting()
+
     def _curve(self, is_reading: bool) -> CostCurve:
+        self._note_question()
         return self.reading if is_reading and self.reading.is_known else self.decoding
 
     def draft_seconds(self, requests: int, context_tokens: int) -> float:
         """Seconds of drafting for so many requests; 0 while that is not known."""
+        self._note_question()
         if not requests or not self.drafting.is_known:
             return 0.0
         return self.drafting.seconds_of(requests, requests, context_tokens)
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step that has been timed: at once while little is known, then from several together."""
-        self._waiting.append(record)
-        if len(self._waiting) >= _TOGETHER or self.decoding.num_observed < _LITTLE:
-            self.learn_waiting()
-
-    def learn_waiting(self) -> None:
-        """Take in the steps that have been collected."""
-        for record in self._waiting:
-            self._learn(record)
-        self._waiting.clear()
-
-    def _learn(self, record: StepRecord) -> None:
+        """Note what a step took, and learn from several together: at once while little is known."""
         load = record.load
         if load is None or not record.num_tokens:
             return
-        curve = self.reading if load.num_prompt_tokens else self.decoding
-        curve.observe(record.num_tokens, load.num_requests, load.context_tokens, record.step_seconds)
+        drafting = None
         if record.num_asked and record.num_unread <= _MOST_UNREAD * record.num_asked:
             share = record.num_asked / max(1, len(record.request_ids))
-            context = round(share * load.context_tokens)
-            self.drafting.observe(record.num_asked, record.num_asked, context, record.draft_seconds)
+            drafting = record.num_asked, round(share * load.context_tokens), record.draft_seconds
+        reading = load.num_prompt_tokens > 0
+        size = record.num_tokens, load.num_requests, load.context_tokens
+        self._waiting.append(_Step(reading, *size, record.step_seconds, drafting))
+        if self._is_asked and (len(self._waiting) >= _TOGETHER or self.decoding.num_observed < _LITTLE):
+            self.learn_waiting()
+            self._is_asked = False
+
+    def learn_waiting(self) -> None:
+        """Take in the steps that have been noted."""
+        while self._waiting:
+            is_reading, tokens, requests, context, seconds, drafting = self._waiting.popleft()
+            (self.reading if is_reading else self.decoding).observe(tokens, requests, context, seconds)
+            if drafting is not None:
+                asked, context, seconds = drafting
+                self.drafting.observe(asked, asked, context, seconds)
 
     def save(self, path: Path) -> None:
         """Write a JSON file; whoever reads it at the same time sees the old one or the new one."""

@@ -11,7 +11,9 @@ from torch import Tensor
 from dspark.budget.capacity import Capacity
 from dspark.budget.prefix_scheduler import falling_survival
 from dspark.errors import InvalidConfiguration
-from dspark.types import Beliefs, Draft, Load, PrefixScheduler, Request, StepRecord
+from dspark.types import Beliefs, Draft, Load, Observer, PrefixScheduler, Request, StepRecord
+
+_UNHEEDED = torch.zeros(0, 0)  # what is believed, for a scheduler that does not look at it
 
 
 def heeds_beliefs(scheduler: PrefixScheduler) -> bool:
@@ -20,10 +22,22 @@ def heeds_beliefs(scheduler: PrefixScheduler) -> bool:
 
 
 class Choosing:
-    """One scheduler at work in an engine, with what it weighs."""
+    """One scheduler at work in an engine, with what it weighs.
 
-    def __init__(self, scheduler: PrefixScheduler, beliefs: Beliefs, capacity: Capacity) -> None:
+    foretells  whether somebody goes by what is believed of drafts and steps, or will read it in records
+    observers  who look at it, too; without either nothing is foretold
+    """
+
+    def __init__(
+        self,
+        scheduler: PrefixScheduler,
+        beliefs: Beliefs,
+        capacity: Capacity,
+        foretells: bool,
+        observers: Sequence[Observer],
+    ) -> None:
         self.scheduler, self.beliefs, self.capacity = scheduler, beliefs, capacity
+        self.foretells, self.observers = foretells, observers
         # A length that the user fixed is never exceeded.
         self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs(scheduler)
 
@@ -32,14 +46,16 @@ class Choosing:
         assert record.load is not None
         load = record.load
         record.num_tokens = load.base_tokens
+        foretells = self.foretells or bool(self.observers)
         if draft.tokens.shape[1] == 0:
             keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
         else:
-            record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
-            drafting = record.predicted_draft_seconds or record.draft_seconds
-            load = Load(load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens)
-            record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
-            keep = self.scheduler.choose(draft, record.survival, load)
+            if foretells:
+                record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
+                drafting = record.predicted_draft_seconds or record.draft_seconds
+                load = Load(load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens)
+                record.load, record.survival = load, falling_survival(draft, self.beliefs.survival(draft, decoding))
+            keep = self.scheduler.choose(draft, _UNHEEDED if record.survival is None else record.survival, load)
             if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != draft.tokens.shape:
                 raise InvalidConfiguration(_no_choice(self.scheduler, keep, draft))
             if min(room, default=0) < draft.tokens.shape[1]:
@@ -49,10 +65,11 @@ class Choosing:
                 record.chosen = keep
                 if whole.numpy().any():
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
-            promised = [*compress(chain(*record.survival.tolist()), chain(*keep.tolist()))]
-            record.predicted_accepted = sum(promised)
-            record.num_tokens += len(promised)
-        if self.capacity.is_known and record.num_tokens:
+            kept = keep.tolist()
+            record.num_tokens += sum(map(sum, kept))
+            if record.survival is not None:
+                record.predicted_accepted = sum(compress(chain(*record.survival.tolist()), chain(*kept)))
+        if foretells and self.capacity.is_known and record.num_tokens:
             record.predicted_seconds = self.capacity.seconds_of(
                 record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
             )

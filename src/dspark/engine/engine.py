@@ -97,12 +97,13 @@ class Engine:
         self.capacity = Capacity.load_or_new(usual_path(about), about) if capacity is None else capacity
         chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         self.rule.reports_chances = heeds_beliefs(chosen_by)
+        self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
+        is_heeded = beliefs is not None or self.guard is not None or heeds_beliefs(chosen_by)
         if beliefs is None:  # nobody waits for what nobody heeds
             beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs(chosen_by) else RawBeliefs()
-        self.beliefs = beliefs
-        self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
+        self.beliefs, self.observers = beliefs, list(observers)
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
-        self.choosing = Choosing(chosen_by, beliefs, self.capacity)
+        self.choosing = Choosing(chosen_by, beliefs, self.capacity, is_heeded, self.observers)
         self.learners: list[Any] = [x for x in (beliefs, self.capacity, self.guard, chosen_by) if hasattr(x, "observe")]
         if num_slots is not None:
             target.resize(num_slots)
@@ -118,7 +119,6 @@ class Engine:
         self.ledger = Ledger(target, self.batcher, self.drafting, self.prefixes, self.max_length)
         self.scoring = Scoring(target, self.drafting, max_num_batched_tokens)
         self.neighbours = neighbours_over(target.cache)
-        self.observers = list(observers)
         self._abandoned: deque[Request] = deque()
         self._step = Overlapped(self.drafter, self.rule, chosen_by, self.guard).step if overlap else plain_step
         if compile:

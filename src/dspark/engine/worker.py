@@ -73,6 +73,7 @@ class Worker:
         self.admission = Admission(engine.batcher.max_running, max_waiting)  # under the lock
         self.drafter = drafter or type(engine.drafter).__name__
         self.observers: list[Observer] = list(observers)
+        engine.choosing.foretells = True  # they read records after the step
         self.on_finished: list[RequestObserver] = list(on_finished)
         self.on_delivered: list[Callable[[], Any]] = list(on_delivered)
         self.idle_tasks: list[IdleTask] = list(idle_tasks)

@@ -79,7 +79,10 @@ class Drafter(Protocol):
 
 
 class PrefixScheduler(Protocol):
-    """Chooses how much of a draft is verified. `anticipates`: a choice may depend on the token it is about, or on later ones."""
+    """Chooses how much of a draft is verified. `anticipates`: a choice may depend on the token it is about, or on later ones.
+
+    One that also has `heeds_beliefs = False` never looks at survival, and may be given none.
+    """
 
     anticipates: bool
 
