@@ -416,3 +416,11 @@ def test_with_a_fixed_length_steps_are_foretold_for_those_who_watch_only(target,
     assert all(r.survival is None and r.predicted_seconds == r.predicted_accepted == 0 for r in alone)
     assert all(r.survival is not None and r.predicted_accepted > 0 for r in watched)
     assert all(r.predicted_seconds > 0 for r in watched[1:])  # nothing is known of decoding at first
+
+
+def test_nothing_is_foretold_where_nobody_drafts(target):
+    engine, records = Engine(target, capacity=Capacity()), []
+    request = engine.submit(PROMPTS[0], SamplingParams(temperature=1, seed=4, max_tokens=20))
+    while request.finish_reason is None:
+        records.append(engine.step())
+    assert not any(r.predicted_seconds for r in records) and engine.capacity.is_known

@@ -98,7 +98,8 @@ class Engine:
         chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         self.rule.reports_chances = heeds_beliefs(chosen_by)
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
-        is_heeded = beliefs is not None or self.guard is not None or heeds_beliefs(chosen_by)
+        minds = beliefs is not None or self.guard is not None or heeds_beliefs(chosen_by)
+        is_heeded = minds and self.drafter.length > 0  # else there is nothing to choose
         if beliefs is None:  # nobody waits for what nobody heeds
             beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs(chosen_by) else RawBeliefs()
         self.beliefs, self.observers = beliefs, list(observers)
