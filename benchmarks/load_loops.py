@@ -31,7 +31,6 @@ class Slice:
     verified: int = 0
     accepted: int = 0
     predicted_accepted: float = 0.0
-    cost_error: list[float] = field(default_factory=list)  # |predicted - measured| / measured of every step
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, record: StepRecord, num_committed: int) -> None:
@@ -44,9 +43,8 @@ class Slice:
         self.decoded += len(record.request_ids)
         self.verified += sum(record.verified)
         self.accepted += sum(record.accepted)
-        self.predicted_accepted += record.predicted_accepted
-        if record.predicted_seconds > 0:
-            self.cost_error.append(abs(record.predicted_seconds / record.step_seconds - 1))
+        if record.survival is not None and record.kept is not None:  # who is timed is not asked to foretell more
+            self.predicted_accepted += float((record.survival * record.kept).sum())
         for phase, seconds in record.seconds.items():
             self.phases[phase] += seconds
 

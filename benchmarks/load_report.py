@@ -31,7 +31,6 @@ class Cell:
     asked: float
     wasted: float
     predicted_over_accepted: float | None
-    cost_error: float | None
     scheduling: float
 
 
@@ -47,7 +46,6 @@ def cell(
     within = _T[min(len(logs) - 2, len(_T) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0
     decoded, verified = max(1, sum(s.decoded for s in slices)), sum(s.verified for s in slices)
     accepted, predicted = sum(s.accepted for s in slices), sum(s.predicted_accepted for s in slices)
-    errors = [e for s in slices for e in s.cost_error]
     seconds = sum(s.seconds for s in slices)
     return Cell(
         policy,
@@ -60,7 +58,6 @@ def cell(
         sum(s.asked for s in slices) / decoded,
         1 - accepted / verified if verified else 0.0,
         predicted / accepted if predicted and accepted else None,  # of a fixed length nothing is foretold
-        statistics.median(errors) if errors else None,
         sum(s.phases["schedule"] for s in slices) / seconds,
     )
 
@@ -94,15 +91,12 @@ def show(console: Any, cells: Sequence[Cell], served: Mapping[str, Sequence[Arri
     for num_requests in sorted({c.num_requests for c in cells}):
         table = Table(title=f"{num_requests} requests at a time", title_justify="left")
         heads = ("policy", "tokens/s", "over off", "± 95 %", "verified", "tau", "drafted for", "wasted")
-        for head in (*heads, "promised/accepted", "cost error", "scheduling"):
+        for head in (*heads, "promised/accepted", "scheduling"):
             table.add_column(head, justify="left" if head == "policy" else "right")
         for c in (c for c in cells if c.num_requests == num_requests):
             promised = "" if c.predicted_over_accepted is None else f"{c.predicted_over_accepted:.2f}"
-            error = "" if c.cost_error is None else f"{c.cost_error:.0%}"
             values = f"{c.tokens_per_second:.0f} {c.ratio:.2f} {c.ratio_within:.2f} {c.budget:.2f} {c.tau:.2f}".split()
-            table.add_row(
-                c.policy, *values, f"{c.asked:.0%}", f"{c.wasted:.0%}", promised, error, f"{c.scheduling:.1%}"
-            )
+            table.add_row(c.policy, *values, f"{c.asked:.0%}", f"{c.wasted:.0%}", promised, f"{c.scheduling:.1%}")
         console.print(table)
     if served:
         table = Table(title="Poisson arrivals", title_justify="left")

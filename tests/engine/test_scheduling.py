@@ -418,6 +418,16 @@ def test_with_a_fixed_length_steps_are_foretold_for_those_who_watch_only(target,
     assert all(r.predicted_seconds > 0 for r in watched[1:])  # nothing is known of decoding at first
 
 
+def test_where_drafts_do_not_pay_nobody_asks_what_steps_cost(target, texts):
+    engine, records = Engine(target, Sure(texts), "auto", capacity=Capacity()), []
+    engine.drafting.guard = Never(engine.capacity)
+    request = engine.submit(PROMPTS[0], SamplingParams(temperature=1, seed=4, max_tokens=40))
+    while request.finish_reason is None:
+        records.append(engine.step())
+    assert request.tokens == texts[0] and not any(any(r.drafted) or r.predicted_seconds for r in records)
+    assert engine.capacity.decoding.num_observed == 0 and engine.capacity.is_known  # somebody has asked
+
+
 def test_nothing_is_foretold_where_nobody_drafts(target):
     engine, records = Engine(target, capacity=Capacity()), []
     request = engine.submit(PROMPTS[0], SamplingParams(temperature=1, seed=4, max_tokens=20))

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
 _TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
-_MOST_WAITING = 1024  # steps that wait to be learned from while nobody asks; older ones tell nothing that these do not
+# Steps that wait to be learned from while nobody asks: who asks then waits for all of them, and older ones tell little
+# that these do not.
+_MOST_WAITING = 64
 _LITTLE = 64  # steps
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]
@@ -51,7 +53,7 @@ class Capacity:
     fingerprint  what the seconds are true of: hardware, model, dtype, versions; a file of another one is refused
 
     Steps that read prompts have a curve of their own: they take another way through the target. Learning waits until
-    somebody asks: with a length that the user fixed, and nobody who watches, hardly anybody does.
+    somebody asks: where drafts do not pay, and with a length that the user fixed, hardly anybody does.
     """
 
     def __init__(self, fingerprint: Fingerprint | None = None) -> None:

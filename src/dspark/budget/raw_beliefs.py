@@ -33,7 +33,7 @@ class RawBeliefs:
 
     def learn(self, record: StepRecord) -> None:
         """Count what was verified and what of it accepted, by depth."""
-        if record.kept is None or record.accepted_nodes is None or not record.kept.any():
+        if record.kept is None or record.accepted_nodes is None or not record.kept.shape[1] or not record.kept.any():
             return
         draft = Draft(record.kept, record.kept.sum(1), parents=record.parents)
         reached = record.kept & (parent_survival(draft, record.accepted_nodes.double()) > 0)

@@ -24,8 +24,9 @@ def heeds_beliefs(scheduler: PrefixScheduler) -> bool:
 class Choosing:
     """One scheduler at work in an engine, with what it weighs.
 
-    foretells  whether somebody goes by what is believed of drafts and steps, or will read it in records
-    observers  who look at it, too; without either nothing is foretold
+    are_heeded  whether anybody who decides goes by what is believed of drafts
+    observers   who read records. What a step is to cost and to bring is foretold for them only, and for those who read
+                them later, where `foretells` is set
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class Choosing:
         scheduler: PrefixScheduler,
         beliefs: Beliefs,
         capacity: Capacity,
-        foretells: bool,
+        are_heeded: bool,
         observers: Sequence[Observer],
     ) -> None:
         self.scheduler, self.beliefs, self.capacity = scheduler, beliefs, capacity
-        self.foretells, self.observers = foretells, observers
+        self.foretells, self.are_heeded, self.observers = False, are_heeded, observers
         # A length that the user fixed is never exceeded.
         self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs(scheduler)
 
@@ -50,7 +51,7 @@ class Choosing:
         if draft.tokens.shape[1] == 0:
             keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
         else:
-            if foretells:
+            if foretells or self.are_heeded:
                 record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
                 drafting = record.predicted_draft_seconds or record.draft_seconds
                 load = Load(load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens)
@@ -67,7 +68,8 @@ class Choosing:
                     keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
             kept = keep.tolist()
             record.num_tokens += sum(map(sum, kept))
-            if record.survival is not None:
+            if foretells:
+                assert record.survival is not None
                 record.predicted_accepted = sum(compress(chain(*record.survival.tolist()), chain(*kept)))
         if foretells and self.capacity.is_known and record.num_tokens:
             record.predicted_seconds = self.capacity.seconds_of(

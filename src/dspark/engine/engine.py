@@ -98,13 +98,12 @@ class Engine:
         chosen_by = make_scheduler(scheduler, self.capacity, self.rule.allows_anticipation)
         self.rule.reports_chances = heeds_beliefs(chosen_by)
         self.guard = Guard(self.capacity) if guard is None and scheduler == AUTO else guard
-        foretells = beliefs is not None or self.guard is not None or heeds_beliefs(chosen_by)
-        foretells = foretells and self.drafter.length > 0  # else there is nothing to choose
+        are_heeded = beliefs is not None or self.guard is not None or heeds_beliefs(chosen_by)
         if beliefs is None:  # nobody waits for what nobody heeds
             beliefs = live_beliefs(target, self.drafter, rule) if heeds_beliefs(chosen_by) else RawBeliefs()
         self.beliefs, self.observers = beliefs, list(observers)
         self.drafting = Drafting(self.drafter, target, self.rule, self.guard)
-        self.choosing = Choosing(chosen_by, beliefs, self.capacity, foretells, self.observers)
+        self.choosing = Choosing(chosen_by, beliefs, self.capacity, are_heeded, self.observers)
         self.learners: list[Any] = [x for x in (beliefs, self.capacity, self.guard, chosen_by) if hasattr(x, "observe")]
         if num_slots is not None:
             target.resize(num_slots)

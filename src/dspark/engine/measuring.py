@@ -66,6 +66,7 @@ def _measure_at(engine: Engine, num_requests: int, context: int, repeats: int) -
             engine.step()
         return sum(_steps(engine, length, repeats, requests) for length in lengths)
     finally:
+        engine.capacity.learn_waiting()  # nobody asks, and of what waits for long only the newest is learned
         for request in requests:
             engine.cancel(request)
 

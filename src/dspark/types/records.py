@@ -37,7 +37,8 @@ class StepRecord:
     The lists have one entry per decoding request. kept, accepted_nodes, survival and parents are [B, K] as in Draft;
     accepted_nodes are the draft tokens that the target agreed with, also where the request ended before them.
     Predictions, survival among them, are what the engine believed before the target ran; 0 seconds: nothing was believed
-    yet. Where the scheduler heeds no beliefs, as with a fixed length, and nobody watches, they are not made: 0 and None.
+    yet. Where nobody watches, they are not made but for survival and the seconds of drafting, and where the scheduler heeds
+    no beliefs, as with a fixed length, these are not either: 0 and None.
     """
 
     request_ids: list[int] = field(default_factory=list)
