@@ -24,7 +24,7 @@ TIERS = [
     {"target"},
     {"sampling", "triton_sampling", "noise", "verify", "losses", "config"},
     {"types"},
-    {"errors", "transfer", "cards", "caches", "triton_probe", "gradients"},
+    {"errors", "transfer", "cards", "caches", "triton_probe", "gradients", "pages"},
 ]
 LEVELS = {part: len(TIERS) - number for number, tier in enumerate(TIERS) for part in tier}
 NEIGHBOURS = {

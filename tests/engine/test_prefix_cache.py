@@ -224,7 +224,7 @@ class Desk:
         self.prefixes = PrefixCache(self.cache, max_tokens)
         self.num_requests = 0
 
-    def begin(self, *runs: int) -> Request:
+    def begin(self, *runs: int, feature: float | None = None) -> Request:
         """A request whose tokens are these runs and one more; how much was found is its num_prompt_found."""
         tokens = [token for run in runs for token in [run] * RUN]
         self.num_requests += 1
@@ -233,7 +233,9 @@ class Desk:
         request.num_prompt_found = request.num_cached
         if request.num_cached < len(tokens):
             self.cache.reserve(request.id, len(tokens) - request.num_cached)
-        request.num_cached = len(tokens)
+        num_read, request.num_cached = len(tokens) - request.num_cached, len(tokens)
+        if feature is not None:
+            self.prefixes.note(request, torch.full((num_read, 3), feature))
         self.prefixes.take_in(request)
         self.cache.check()
         return request
@@ -279,6 +281,19 @@ def test_what_is_in_use_stays_and_the_rest_gives_way_to_whoever_needs_slots():
     desk.end(running)
     desk.cache.release(99)
     assert desk.found(1, 2) == 2
+
+
+def test_features_of_a_run_lie_where_those_of_one_that_was_dropped_lay():
+    desk = Desk(max_tokens=4 * RUN)
+    shelves = set()
+    for number in range(200):
+        desk.end(desk.begin(number, 1000 + number, feature=float(number)))
+        found = desk.prefixes.attach(Request(-1, [number] * RUN + [1000 + number] * RUN + [0], SamplingParams(), 1))
+        assert found.unique().tolist() == [number]
+        shelves.update(run.features.untyped_storage().data_ptr() for run in desk.prefixes._idle)
+        desk.end(Request(-1, [], SamplingParams(), 0))
+        assert found.unique().tolist() == [number]
+    assert len(shelves) == 1
 
 
 def test_two_that_read_the_same_at_once_leave_it_once():

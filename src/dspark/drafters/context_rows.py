@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dspark import pages
 from dspark.types import FeaturePiece, Request
 
 
@@ -94,7 +95,7 @@ class ContextRows:
 
         def grown(store: Tensor) -> Tensor:
             # Zeros, not empty: attention multiplies what the mask hides by 0, and 0 * NaN is NaN.
-            larger = store.new_zeros(new_rows, new_slots, kv_heads, width)
+            larger = pages.zeros((new_rows, new_slots, kv_heads, width), store)
             larger[:rows, :slots] = store
             return larger
 

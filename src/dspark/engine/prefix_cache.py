@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark import pages
 from dspark.target.kv_cache import KVCache
 from dspark.types import Request
 
 RUN = 16  # tokens that are found, shared and dropped together
+_ON_A_SHELF = 64  # runs whose features get their memory at once
 
 
 @dataclass(eq=False)
@@ -45,6 +47,24 @@ class _Held:
     pieces: list[Tensor] = field(default_factory=list)
 
 
+class _Shelves:
+    """Memory for the features of runs, which the next run has once it is given back. As much as was ever needed at once."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def keep(self, features: Tensor) -> Tensor:
+        """A copy of features [RUN, F], which are always of one width."""
+        if not self._free:
+            self._free += pages.zeros((_ON_A_SHELF * RUN, features.shape[1]), features).split(RUN)
+        place = self._free.pop()
+        place.copy_(features)
+        return place
+
+    def give_back(self, place: Tensor) -> None:
+        self._free.append(place)
+
+
 class PrefixCache:
     """Prefixes of one engine's requests in the slots of `cache`.
 
@@ -60,6 +80,7 @@ class PrefixCache:
         self._first: dict[tuple[int, ...], _Run] = {}
         self._idle: OrderedDict[_Run, None] = OrderedDict()  # least recently used first; children before their parents
         self._held: dict[int, _Held] = {}
+        self._shelves = _Shelves()
         cache.lend_spare_slots_to(self)
 
     # -- for the engine --------------------------------------------------------------------------------------------------
@@ -106,7 +127,7 @@ class PrefixCache:
             parent = held.runs[-1] if held.runs else None
             siblings = self._first if parent is None else parent.children
             if tokens not in siblings:
-                own = None if features is None else features[start : start + RUN].clone()  # not the whole step's
+                own = None if features is None else self._shelves.keep(features[start : start + RUN])
                 siblings[tokens] = _Run(tokens, parent, slots[start : start + RUN], own)
                 self._cache.share(siblings[tokens].slots)
             self._use(held, siblings[tokens])
@@ -160,3 +181,5 @@ class PrefixCache:
             assert not run.children and not run.num_users, "a run was dropped before one that continues it"
             del (self._first if run.parent is None else run.parent.children)[run.tokens]
             self._cache.give_up(run.slots)
+            if run.features is not None:
+                self._shelves.give_back(run.features)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark import pages
 from dspark.errors import OutOfSlots
 
 _FIRST_ALLOCATION = 1024  # slots; doubled whenever they run out
@@ -226,8 +227,8 @@ class KVCache:
         """The layer's storage, made on first use to fit keys [.., KV, T, D] and values [.., KV, T, D of values]."""
         if layer not in self.storage:
             self.storage[layer] = (
-                keys.new_zeros(self._num_allocated + 1, keys.shape[-3], keys.shape[-1]),
-                values.new_zeros(self._num_allocated + 1, values.shape[-3], values.shape[-1]),
+                pages.zeros((self._num_allocated + 1, keys.shape[-3], keys.shape[-1]), keys),
+                pages.zeros((self._num_allocated + 1, values.shape[-3], values.shape[-1]), values),
             )
         return self.storage[layer]
 
@@ -283,7 +284,7 @@ class KVCache:
 
 def _zeros_like(tensor: Tensor, num_slots: int) -> Tensor:
     """Storage of so many slots and the scratch slot."""
-    return tensor.new_zeros(num_slots + 1, *tensor.shape[1:])
+    return pages.zeros((num_slots + 1, *tensor.shape[1:]), tensor)
 
 
 def gather(tensor: Tensor, slots: Tensor) -> Tensor:
