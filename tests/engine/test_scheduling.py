@@ -156,11 +156,10 @@ def test_features_of_requests_without_drafts_are_bounded_and_complete(target, ki
     request = engine.submit(prompt, params)
     while request.finish_reason is None:
         record = engine.step()
-        pieces = [*request.feature_pieces, *([] if request.features is None else [request.features])]
-        held.append(sum(map(len, pieces)))
+        held.append(request.num_cached - request.features_start)
         if request.finish_reason is None:
             read = sum(map(len, drafter.rows.get(request.id, [])))
-            assert read + held[-1] == request.num_cached  # none is lost
+            assert read == request.features_start  # none is lost
             assert not any(record.verified)
     assert request.generated == expected
     assert most <= max(held) <= most + 1 + drafter.length
@@ -187,8 +186,11 @@ def test_features_of_long_prompts_of_others_are_not_held_on_to(target, monkeypat
             others.popleft()
             others.append(engine.submit([5] * 30, SamplingParams(temperature=0, max_tokens=2)))
         if request.finish_reason is None:
-            held = {id(piece.features): len(piece.features) for piece in request.feature_pieces}
-            assert sum(map(len, request.feature_pieces)) == request.num_cached
+            steps = engine.drafting._steps
+            steps_held = [*(features for features, _ in steps), *(piece.features for piece in request.feature_pieces)]
+            held = {id(features): len(features) for features in steps_held}
+            own = sum(request in requests for _, requests in steps)
+            assert own + sum(map(len, request.feature_pieces)) == request.num_cached
             assert sum(held.values()) < 4 * (request.num_cached + 60) + few + 62
             copied.append(bool(before) and request.feature_pieces[0] is not before[0])
     assert 0 < sum(copied) < 12
@@ -204,7 +206,8 @@ def test_features_that_somebody_needs_are_not_copied(target, texts, monkeypatch)
     requests = [engine.submit(p, SamplingParams(max_tokens=40, ignore_eos=True)) for p in PROMPTS]
     for _ in range(30):
         engine.step()
-    assert all(len(r.feature_pieces) == 30 for r in requests)
+    assert all(len(r.feature_pieces) + len(engine.drafting._steps) == 30 for r in requests)
+    assert sum(len(r.feature_pieces) for r in requests) > 50
     for request in requests:
         engine.cancel(request)
 

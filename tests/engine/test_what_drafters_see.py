@@ -147,7 +147,7 @@ def says_what(whole: Whole):
         ("block", 4096, 65536),
         ("block, window", 64, 140),
         ("block, tree", 0, 140),
-        ("eagle3", 64, 140),
+        ("eagle3", 0, 140),
         ("eagle3, window, tree", 4096, 65536),
         ("draft_model", 64, 140),
         ("self", 64, 140),

@@ -39,6 +39,8 @@ class Drafting:
         self._has_logged = False
         self._ids: list[int] = []  # that the guard was asked about last,
         self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
+        # Features of steps, and the requests that have their first rows, one each, which nobody has asked for yet.
+        self._steps: list[tuple[Tensor, list[Request]]] = []
         self._num_kept = 0  # positions of steps since it was last looked how many are held,
         self._look_after = _FEW_HELD  # and how many it takes to look again
 
@@ -56,6 +58,8 @@ class Drafting:
         record.num_asked = len(asked)
         draft = self._ask(record, asked)
         self._drop_features(asked)
+        if len(rows) == len(with_room):  # who has no room for a draft ends in this step
+            self._steps.clear()
         return draft.among(rows, len(decoding))
 
     def _worth_asking(
@@ -95,13 +99,22 @@ class Drafting:
     def keep_features(self, request: Request, piece: FeaturePiece) -> None:
         """Remember features of the positions just committed until the drafter has read them."""
         if not self._failed or request.id not in self._failed:
+            if self._steps:
+                self._hand_out(request, request.num_cached - piece.num)
             request.feature_pieces.append(piece)
 
-    def end_step(self, features: Tensor, requests: Sequence[Request]) -> None:
-        """Let go of the features [T, F] of steps of which these requests, who ran in the last one, need little."""
+    def end_step(self, features: Tensor, requests: Sequence[Request], num_alone: int) -> None:
+        """Remember the features [T, F] of a step for the first `num_alone` of its requests, which have read one token each:
+        where drafts do not pay, that is less work than a piece for each of them. Let go of steps of which little is needed.
+        """
+        if num_alone:
+            self._steps.append((features, [*requests[:num_alone]]))
         self._num_kept += features.shape[0]  # `len` asks several things first
         if self._num_kept < self._look_after:
             return
+        for request in requests:
+            self._hand_out(request, request.num_cached)
+        self._steps.clear()
         pieces = [piece for request in requests for piece in request.feature_pieces]
         num_held = sum({id(piece.features): len(piece.features) for piece in pieces}.values())
         num_needed = sum(map(len, pieces))
@@ -159,7 +172,9 @@ class Drafting:
 
     def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> None:
         """Have the drafter read what has piled up for requests that it is not asked about."""
-        full = [r for r in left_out if r.num_cached > r.features_start + _MOST_UNREAD and r.feature_pieces]
+        full = [
+            r for r in left_out if r.num_cached > r.features_start + _MOST_UNREAD and (self._steps or r.feature_pieces)
+        ]
         if not full:
             return
         record.num_unread += sum(map(self._offer_features, full))
@@ -175,8 +190,31 @@ class Drafting:
                 self._give_up(record, full, error)
         self._drop_features(full)
 
+    def _hand_out(self, request: Request, stop: int) -> None:
+        """Give a request its own features of positions before `stop`, as far as they lie in steps that were remembered."""
+        if request.id in self._failed:
+            return
+        start = request.features_start + sum(map(len, request.feature_pieces))
+        start += 0 if request.features is None else request.features.shape[0]
+        own: list[FeaturePiece] = []
+        place = 0
+        for features, requests in reversed(self._steps):
+            if len(own) == stop - start:
+                break
+            if place >= len(requests) or requests[place] is not request:  # mostly it is where it was
+                if request not in requests:
+                    continue
+                place = requests.index(request)
+            own.append(FeaturePiece(features, place, 1))
+        assert len(own) == stop - start, (
+            f"request {request.id}: features of {stop - start - len(own)} positions are lost"
+        )
+        request.feature_pieces += reversed(own)
+
     def _offer_features(self, request: Request) -> int:
         """Have features as the drafter reads them; of how many positions."""
+        if self._steps:
+            self._hand_out(request, request.num_cached)
         if self._reads_pieces:
             joined = 0 if request.features is None else request.features.shape[0]
             return joined + sum(piece.num for piece in request.feature_pieces)

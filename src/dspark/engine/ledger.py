@@ -53,11 +53,14 @@ class Ledger:
         sizes, kept, accepted = draft.sizes.tolist(), keep.tolist(), verdict.accepted.tolist()
         next_tokens = verdict.next_tokens.tolist()
         parents = None if draft.parents is None else draft.parents.tolist()
-        first_row, b, end = 0, 0, 0
+        first_row, b, end, num_alone = 0, 0, 0, 0
+        if out.features is not None and self.prefixes is None:  # which wants every request's own at once
+            num_alone = next((n for n, span in enumerate(spans) if len(span.tokens) > 1), len(spans))
         for request, span in zip(requests, spans, strict=True):
             first, end = end, end + len(span.tokens)
+            features = out.features if first >= num_alone else None  # else the drafter's part of the step is told of it
             if not span.num_logits:
-                self._cache(request, span, range(len(span.tokens)), out.features, first)
+                self._cache(request, span, range(len(span.tokens)), features, first)
                 continue
             nodes = [k for k, is_kept in enumerate(kept[b]) if is_kept]
             path = [i for i, node in enumerate(nodes) if accepted[b][node]]  # places among the kept tokens
@@ -69,7 +72,7 @@ class Ledger:
             if request.params.logprobs is not None:
                 rows = on_device([first_row, *(first_row + 1 + i for i in path)], out.logits.device)
                 logprobs = token_logprobs(out.logits[rows], [*drafted, next_tokens[b]], request.params.logprobs)
-            self._cache(request, span, chosen, out.features, first)
+            self._cache(request, span, chosen, features, first)
             # What takes long lies behind: an interrupt hardly ever finds a round half written.
             request.logprobs += logprobs
             if request.generated:
@@ -79,7 +82,7 @@ class Ledger:
             self._append(request, drafted, next_tokens[b])
             first_row, b = first_row + span.num_logits, b + 1
         if out.features is not None:
-            self.drafting.end_step(out.features, requests)
+            self.drafting.end_step(out.features, requests, num_alone)
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request and free all it holds."""
