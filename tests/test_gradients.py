@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dspark.gradients import without_gradients
@@ -16,3 +17,13 @@ def test_no_gradients_whatever_the_caller_has_them_set_to() -> None:
     assert not is_recorded(of=x) and (2 * x).requires_grad
     with torch.no_grad():
         assert not is_recorded(of=x) and not torch.is_grad_enabled()
+
+
+def test_gradients_are_back_after_a_failure() -> None:
+    @without_gradients
+    def fail() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    assert torch.is_grad_enabled()

@@ -362,7 +362,7 @@ MUTANTS = {
     "coupled penalties forget the drafted path": (
         mutant(
             Coupled,
-            "verify",
+            "_committed",
             "shape_logits(logits, owners, previous)",
             "shape_logits(logits, owners, [[] for _ in owners])",
         ),

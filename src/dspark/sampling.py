@@ -109,7 +109,7 @@ class KeyedDraws:
         """[N, V]  what `tokens` takes the largest of."""
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
         asked: Sequence[int | None] = seeds
-        if temperature.device.type == "cpu":  # elsewhere one would have to wait
+        if temperature.is_cpu:  # elsewhere one would have to wait
             heats = [heat for (heat,) in temperature.tolist()]
             if not any(heats):
                 return scores
@@ -132,8 +132,7 @@ def _signed(seeds: Sequence[int]) -> list[int]:
 
 def _argmax(scores: Tensor) -> Tensor:
     """[N] the first of the largest. On CPU numpy finds it in a tenth of torch's time."""
-    on_cpu = scores.device.type == "cpu"
-    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
+    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
 
 
 def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:

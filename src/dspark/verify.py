@@ -62,12 +62,11 @@ class Coupled:
         return _log_law(scores, temperature)
 
     def verify(self, draft: Draft, keep: Tensor, logits: Tensor, requests: Sequence[Request]) -> Verdict:
+        if logits.shape[0] == len(requests):  # nothing to judge
+            return Verdict(keep, self._committed(logits, requests, [[]] * len(requests)).cpu())
         trees = [Tree(*columns) for columns in _columns(draft, keep)]
         owners = [r for r, tree in zip(requests, trees, strict=True) for _ in tree.rows]
-        previous = [path for tree in trees for path in tree.paths]
-        scores, temperature = shape_logits(logits, owners, previous)
-        positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
-        chosen = self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED).tolist()
+        chosen = self._committed(logits, owners, [path for tree in trees for path in tree.paths]).tolist()
 
         accepted, next_tokens, first_row = [[False] * keep.shape[1] for _ in trees], list[int](), 0
         for tree, marks in zip(trees, accepted, strict=True):
@@ -79,6 +78,12 @@ class Coupled:
             first_row += len(tree.rows)
         marked = np.array(accepted, dtype=bool).reshape(keep.shape)
         return Verdict(torch.from_numpy(marked), torch.from_numpy(np.array(next_tokens)))
+
+    def _committed(self, logits: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:
+        """[R]  what every row commits if it is reached; owners and previous (R) as `shape_logits` takes them."""
+        scores, temperature = shape_logits(logits, owners, previous)
+        positions = [len(r.tokens) + len(path) for r, path in zip(owners, previous, strict=True)]
+        return self.draws.tokens(scores, temperature, [r.seed for r in owners], positions, COUPLED)
 
 
 class Rejection:

@@ -70,6 +70,12 @@ def test_survival_is_the_product_along_the_path():
     assert torch.allclose(survival_of(TREE, TREE.confidence)[0], torch.tensor([0.9, 0.45, 0.81, 0.405, 0.729]))
 
 
+def test_a_scheduler_may_write_into_what_it_is_given():
+    for draft in (CHAIN, Draft(CHAIN.tokens, CHAIN.sizes)):  # of the same sizes
+        assert draft.real.tolist() == [[True] * 4, [True, True, False, False]]
+        draft.real[:, 1:] = False
+
+
 def test_depth_and_spreading():
     assert TREE.depth.tolist() == [[1, 2, 2, 3, 3]]
     spread = CHAIN.among([2, 0], 3)

@@ -49,7 +49,7 @@ class Choosing:
         record.num_tokens = load.base_tokens
         foretells = self.foretells or bool(self.observers)
         if draft.tokens.shape[1] == 0:
-            keep = torch.zeros(len(decoding), 0, dtype=torch.bool)
+            keep = draft.real  # nothing
         else:
             if foretells or self.are_heeded:
                 record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)

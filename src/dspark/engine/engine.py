@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from dspark.budget.capacity import Capacity, usual_path
 from dspark.budget.guard import Guard
 from dspark.budget.raw_beliefs import RawBeliefs
@@ -29,6 +27,7 @@ from dspark.engine.scoring import Scoring
 from dspark.engine.stream import RunningText, Stream
 from dspark.engine.text import Prompt, as_prompts
 from dspark.errors import InvalidConfiguration, InvalidRequest
+from dspark.gradients import without_gradients
 from dspark.sampling import KeyedDraws
 from dspark.target.target import Target
 from dspark.types import (
@@ -264,7 +263,7 @@ class Engine:
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()  # not inference_mode: its tensors would have every graph compiled again, without packed weights
+    @without_gradients  # not inference_mode: its tensors would have every graph compiled again, without packed weights
     def step(self) -> StepRecord:
         """Move every running request on by one target pass. Threads, and engines with the same target, take turns.
 

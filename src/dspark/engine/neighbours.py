@@ -22,10 +22,13 @@ class Neighbours:
     def __init__(self) -> None:
         self._threads: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()  # that stepped each one last
         self._last: ref[Engine] | None = None
+        self._last_thread = 0  # in which it was stepped
         self._num_tries = 0  # of the last one, in a row
 
     def note_step(self, engine: Engine) -> None:
-        self._threads[engine], self._last = threading.get_ident(), ref(engine)
+        thread = threading.get_ident()
+        if self._last is None or self._last() is not engine or self._last_thread != thread:  # mostly it goes on as it was
+            self._threads[engine], self._last, self._last_thread = thread, ref(engine), thread
 
     def make_way(self, engine: Engine) -> bool:
         """Whether slots were given back for an engine with requests none of which can begin.

@@ -78,16 +78,21 @@ class Draft:
     @property
     def real(self) -> Tensor:
         """[B, K]  which entries are tokens and which are padding."""
-        length = self.tokens.shape[1]
-        rows = [[True] * size + [False] * (length - size) for size in self.sizes.tolist()]
-        real = torch.from_numpy(np.array(rows, dtype=bool).reshape(self.tokens.shape))  # sooner written than computed
-        return real if self.sizes.device.type == "cpu" else real.to(self.sizes.device)
+        real = _real(tuple(self.sizes.tolist()), self.tokens.shape[1]).clone()  # a user's scheduler may write into it
+        return real if self.sizes.is_cpu else real.to(self.sizes.device)
 
 
 @lru_cache(maxsize=64)
 def _nothing(num_requests: int) -> tuple[Tensor, Tensor]:
     """Tokens and sizes where nothing is proposed, for reading only: plain decoding asks for them in every step."""
     return torch.zeros(num_requests, 0, dtype=torch.long), torch.zeros(num_requests, dtype=torch.long)
+
+
+@lru_cache(maxsize=64)
+def _real(sizes: tuple[int, ...], length: int) -> Tensor:
+    """Mostly drafts are as long as those before."""
+    rows = [[True] * size + [False] * (length - size) for size in sizes]
+    return torch.from_numpy(np.array(rows, dtype=bool).reshape(len(sizes), length))  # sooner written than computed
 
 
 @dataclass
