@@ -22,8 +22,8 @@ def test_no_gradients_whatever_the_caller_has_them_set_to() -> None:
 def test_gradients_are_back_after_a_failure() -> None:
     @without_gradients
     def fail() -> None:
-        raise ValueError
+        raise ValueError("no")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no"):
         fail()
     assert torch.is_grad_enabled()
