@@ -27,7 +27,8 @@ class Neighbours:
 
     def note_step(self, engine: Engine) -> None:
         thread = threading.get_ident()
-        if self._last is None or self._last() is not engine or self._last_thread != thread:  # mostly it goes on as it was
+        is_as_before = self._last is not None and self._last() is engine and self._last_thread == thread
+        if not is_as_before:
             self._threads[engine], self._last, self._last_thread = thread, ref(engine), thread
 
     def make_way(self, engine: Engine) -> bool:
