@@ -112,7 +112,7 @@ def test_rows_of_requests_that_have_passed_are_not_kept() -> None:
     noise = GumbelNoise(64)
     for seed in range(1000):
         noise.rows([seed, -1], [0, seed % noise.block], COUPLED)
-    assert len(noise._blocks) < 300 < noise.max_blocks
+    assert len(noise._blocks) < 80 < noise.max_blocks
     assert (-1, 0, COUPLED) in noise._blocks  # one that runs
 
 

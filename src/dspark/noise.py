@@ -22,7 +22,9 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-_CALLS_KEPT = 256  # a request that runs is asked for every few calls; others have passed
+# A request that runs is asked for at least once a step, which is a call or two, or one more for each token of a draft that
+# is drawn one by one. Others have passed.
+_CALLS_KEPT = 64
 
 
 def philox(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:
