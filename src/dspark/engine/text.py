@@ -27,7 +27,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UNFINISHED = 3
 _MAX_WINDOW = 16  # tokens decoded again each time
 _MAX_UNFINISHED_WINDOW = 64
-_TEXTS_OF_TOKENS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+_TEXTS_OF_TOKENS: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
 
 
 def render_prompt(
@@ -161,8 +161,10 @@ class Detokenizer:
         new = list(token_ids)
         if not new:
             return ""
-        if self._texts is not None and not self._window and _REPLACEMENT not in (alone := self._alone(new)):
-            return alone
+        if self._texts is not None and not self._window:  # as most are
+            text = "".join(map(self._texts.__getitem__, new))
+            if _REPLACEMENT not in text:
+                return text
         text = self._decode([*self._window, *new])
         if len(new) > 1 and text.endswith(_REPLACEMENT):
             # One by one: a long run of bytes has to be seen at the moments when no character is open.
@@ -193,16 +195,6 @@ class Detokenizer:
         self._num_emitted = max(self._num_emitted, len(text))
         return rest
 
-    def _alone(self, token_ids: list[int]) -> str:
-        """Their texts one after the other, looked up."""
-        texts = self._texts
-        assert texts is not None
-        try:
-            return "".join([texts[token_id] for token_id in token_ids])
-        except KeyError:
-            texts.update({token_id: self._decode([token_id]) for token_id in token_ids})
-            return self._alone(token_ids)
-
     def _cut(self, start: int, num_held: int) -> None:
         """Drop the window's first tokens; the last `num_held` characters of its text have not been handed out."""
         del self._window[:start]
@@ -218,11 +210,24 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _texts_of_tokens(tokenizer: Any) -> dict[int, str] | None:
-    """Where the text of tokens is kept once it has been looked up; None: it can depend on other tokens."""
+class _Texts(dict[int, str]):
+    """The text of single tokens, kept once it has been looked up."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._decode([token_id])
+        return text
+
+
+def _texts_of_tokens(tokenizer: Any) -> _Texts | None:
+    """None: the text of a token can depend on other tokens."""
     if not _decodes_as_usual(tokenizer) or not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
         return None
-    return _TEXTS_OF_TOKENS.setdefault(tokenizer, {})
+    if (texts := _TEXTS_OF_TOKENS.get(tokenizer)) is None:
+        texts = _TEXTS_OF_TOKENS[tokenizer] = _Texts(_decoder(tokenizer))
+    return texts
 
 
 def _decodes_as_usual(tokenizer: Any) -> bool:

@@ -138,7 +138,7 @@ class Answer:
         return b"".join(events)
 
     def _event(self, index: int, piece: Piece, **fields: Any) -> bytes:
-        if fields or piece.keys() != {"content"} or self._usage_everywhere:
+        if fields or len(piece) > 1 or "content" not in piece or self._usage_everywhere:
             return self._written(index, piece, **fields)
         # Most events: between two of a choice only the text changes.
         if index not in self._around:

@@ -11,14 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dspark.errors import DSparkError, ShuttingDown
 from dspark.serve.messages import Message, packed, received
+from dspark.serve.relay import Relay
 
 if TYPE_CHECKING:
     from dspark.serve.backend import Watched
@@ -31,8 +30,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long a thread that sends what a step brought, or hears the server, waits for the engine's thread to give up the
-# interpreter: every event waits for it. Only these ever ask, so short turns cost next to nothing.
+# Of a request its number, the tokens that came and which of them were drafted. Where there is more: text, a reason to end,
+# log-probabilities, a grammar's fault, and facts with the last.
+Part = tuple[Any, ...]
+
+# How long a thread that hears the server waits for the engine's thread to give up the interpreter: every first token
+# waits for it. Only few ever ask, so short turns cost next to nothing.
 SWITCH_SECONDS = 0.0001
 
 
@@ -69,16 +72,11 @@ def _step_until_told_otherwise(end: EngineEnd, make: Callable[..., Watched], arg
 class EngineEnd:
     """One end of the line. The other is `engine_process.EngineProcess`, whose numbers name the requests here.
 
-    What takes longer than a moment is done beside the thread that hears: grammars on one thread, pages on another. A
-    third one pickles and sends: who wakes the server's process may have to leave it its core for a millisecond, and steps
-    should not. (Sent by the engine's own thread, with an eventfd to wake the server too, events came two to five times as
-    late where other processes wanted the cores.) What it is given must not change any more.
+    What takes longer than a moment is done beside the thread that hears: grammars on one thread, pages on another.
     """
 
     def __init__(self, line: socket.socket) -> None:
-        self._line, self._outbox = line, SimpleQueue[Message | None]()
-        self._sending = threading.Thread(target=self._send_all, name="dspark-sending", daemon=True)
-        self._sending.start()
+        self._line, self._relay = line, Relay(line)
         self._watched: Watched | None = None
         self._taking: dict[int, Future[dict[int, Request]]] = {}  # requests handed in and not ended, by number
         self._held: list[tuple[Any, ...]] = []  # of the worker's thread
@@ -92,17 +90,11 @@ class EngineEnd:
         self.send("ready", self._worker.engine.intake, *limits)
 
     def send(self, *message: Any) -> None:
-        self._outbox.put(message)
+        self._relay.send(packed(message))
 
     def close(self) -> None:
         """Nothing more is sent; waits for what has been."""
-        self._outbox.put(None)
-        self._sending.join()
-
-    def _send_all(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            with suppress(ConnectionError):  # the server has gone: `hear` notices
-                self._line.sendall(packed(message))
+        self._relay.close()
 
     def hear(self) -> None:
         """Do what the server asks until it has gone."""
@@ -156,7 +148,7 @@ class EngineEnd:
             if not isinstance(error, ShuttingDown):
                 log.exception("%d requests fail before they have begun", len(asked))
             reason = "cancelled" if isinstance(error, ShuttingDown) else "error"
-            self.send("step", [(number, None, *ended(reason)) for number, *_ in asked])
+            self.send("step", [part_of(number, ended(reason)) for number, *_ in asked])
             for number, *_ in asked:
                 del self._taking[number]
             requests = {}  # none of them is there to be cancelled
@@ -180,7 +172,7 @@ class EngineEnd:
             if request.prompt_logprobs:
                 facts["prompt_logprobs"] = request.prompt_logprobs
             del self._taking[number]
-        self._held.append((number, facts, *delta))  # plain tuples are pickled in a quarter of the time
+        self._held.append(part_of(number, delta, facts))
 
     def _send_held(self) -> None:
         held, self._held = self._held, []
@@ -198,6 +190,14 @@ class EngineEnd:
             log.exception("%s cannot be shown", what)
             shown = (None, str(error))
         self.send("shown", number, *shown)
+
+
+def part_of(number: int, delta: Delta, facts: dict[str, Any] | None = None) -> Part:
+    """What a step brought for a request. Plain tuples are pickled in a quarter of the time, and most say only which tokens."""
+    text, tokens, is_drafted, *more = delta
+    if text or any(more):
+        return number, tokens, is_drafted, text, *more, facts
+    return number, tokens, is_drafted
 
 
 def ended(reason: str) -> Delta:

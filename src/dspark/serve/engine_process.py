@@ -19,7 +19,7 @@ import prometheus_client
 
 from dspark.engine.admission import Admission
 from dspark.errors import DSparkError, EngineLost
-from dspark.serve.engine_end import ended, run_engine
+from dspark.serve.engine_end import Part, ended, part_of, run_engine
 from dspark.serve.messages import Unpacker, packed, received
 
 if TYPE_CHECKING:  # the child should be on its way before this process reads libraries for HTTP and text
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the child should be on its way before this process reads li
 log = logging.getLogger(__name__)
 
 _LOST = "the engine has ended: only a restart of the server helps"
+_NOTHING_MORE = ("", None, (), None, None)
 _CLOSE_SECONDS = 40.0  # what the engine's process may take to end: its worker gives the step that runs 30
 
 
@@ -173,12 +174,13 @@ class EngineProcess:
     def opened(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport
 
-    def hear_step(self, parts: Sequence[tuple[Any, ...]]) -> None:
-        """What a step brought: of each request its number, facts with its last delta, and a delta's fields."""
+    def hear_step(self, parts: Sequence[Part]) -> None:
+        """What a step brought."""
         from dspark.types import Delta
 
-        for number, facts, text, tokens, is_drafted, reason, logprobs, fault in parts:
+        for number, tokens, is_drafted, *more in parts:
             request, sink, arrival = self._running[number]
+            text, reason, logprobs, fault, facts = more or _NOTHING_MORE
             if request.text is not None:
                 text = _text_of(request, tokens, is_last=reason is not None)
             delta = ended("error") if text is None else Delta(text, tokens, is_drafted, reason, logprobs, fault)
@@ -209,7 +211,7 @@ class EngineProcess:
         self.has_failed = True
         self.process.join(1.0)  # it is ending, and then it can be said how
         log.error("the engine's process has ended (%s), and with it %d requests", self._exit, len(self._running))
-        self.hear_step([(number, None, *ended("error")) for number in list(self._running)])
+        self.hear_step([part_of(number, ended("error")) for number in list(self._running)])
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(EngineLost(_LOST))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 Piece = dict[str, Any]  # of an OpenAI delta: {"content": ...} or {"tool_calls": [...]}
@@ -17,9 +17,9 @@ class Voice(Protocol):
 
     has_called: bool
 
-    def push(self, text: str) -> Iterator[Piece]: ...
+    def push(self, text: str) -> Iterable[Piece]: ...
 
-    def finish(self) -> Iterator[Piece]:
+    def finish(self) -> Iterable[Piece]:
         """No text follows."""
         ...
 
@@ -29,12 +29,11 @@ class PlainVoice:
 
     has_called = False
 
-    def push(self, text: str) -> Iterator[Piece]:
-        if text:
-            yield {"content": text}
+    def push(self, text: str) -> Iterable[Piece]:
+        return [{"content": text}] if text else ()
 
-    def finish(self) -> Iterator[Piece]:
-        return iter(())
+    def finish(self) -> Iterable[Piece]:
+        return ()
 
 
 class NamedVoice:
