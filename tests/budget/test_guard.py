@@ -136,6 +136,21 @@ def test_it_is_not_slower_than_plain_decoding_where_they_do_not(num_requests):
     assert any(traffic.drafted[100:])  # it still looks from time to time
 
 
+def test_requests_like_those_that_were_refused_are_not_thought_about(monkeypatch):
+    """Most steps where drafts do not pay have somebody new, and others of whom somebody has ended."""
+    traffic = Traffic(Machine(per_token=1.0, per_draft=0.3, base=0.2), [0.4] * 8)
+    traffic.run(100)
+    guard, thought = traffic.guard, []
+    monkeypatch.setattr(guard, "_rows", lambda ids, load: thought.append(load) or [])
+    assert not guard.is_drafting
+    for n in range(20):
+        assert guard.choose([100 + n, *range(1, 8)], Load(8, 8, 800)) == [] and guard.reason == "cost"
+    assert not thought
+    guard.choose(list(range(8)), Load(8, 8, 800), ["another kind"] * 8)
+    guard.choose(list(range(2)), Load(2, 2, 200))  # what so few cost is another question
+    assert len(thought) == 2
+
+
 def test_no_drafter_is_judged_by_a_few_tokens():
     """However little the first drafts are worth, and although not one of their tokens is."""
     traffic = Traffic(Machine(per_token=1.0, per_draft=1.0, base=0.1), [0.3])

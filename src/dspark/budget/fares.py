@@ -60,6 +60,10 @@ class Fares:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._by_request
 
+    def num_known(self, request_ids: Sequence[int]) -> int:
+        """How many of them were drafted for lately."""
+        return sum(map(self._by_request.__contains__, request_ids))
+
     def order(self) -> dict[int, int]:
         """Requests by when they were drafted for last: the smallest number longest ago."""
         return {request_id: n for n, request_id in enumerate(self._by_request)}

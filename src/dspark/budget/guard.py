@@ -8,7 +8,7 @@ open ("the draft is always paid for", section 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -121,13 +121,30 @@ class Guard:
         kinds  of the requests, where something is known of them: those of one kind are expected to fare alike
         """
         self._now += 1
-        if self._now < self._rests_until and request_ids == self._resting:  # so are most steps where drafts do not pay
+        if not self.is_drafting and self._rests(request_ids, load, kinds):
             self.reason = "cost"
             return []
         self._kinds = dict(zip(request_ids, kinds, strict=False))
         rows = self._rows(request_ids, load)
         self._asked = frozenset(request_ids[b] for b in rows)
         return rows
+
+    def _rests(self, request_ids: Sequence[int], load: Load, kinds: Sequence[Hashable]) -> bool:
+        """Whether what was decided for such requests, not to draft for them, still holds: so it does in most steps where
+        drafts do not pay, and most are about the same requests as the one before.
+        """
+        if self._now == self._last_probe + 1:
+            return False
+        if request_ids != self._resting:
+            refusal = self._refused.get(self._mix(request_ids, load, kinds))
+            if refusal is None:
+                return False
+            self._resting, self._rests_until = request_ids, self._end_of(refusal)
+        return self._now < self._rests_until
+
+    def _end_of(self, refusal: _Refusal) -> float:
+        """The step before which nobody is drafted for: then comes a probe, or it is decided anew."""
+        return min(refusal.until, self._last_probe + refusal.spacing)
 
     def _rows(self, request_ids: Sequence[int], load: Load) -> list[int]:
         everyone, self.reason = list(range(len(request_ids))), None
@@ -138,16 +155,16 @@ class Guard:
             return []
         if not self.is_drafting and self._now == self._last_probe + 1:  # decide again with what the probe shows
             self.reason = "cost"
-            self._refused.clear()
+            self._forget_refusals()
             return self._probes(request_ids, everyone)
         is_held = not self.is_drafting and self._now < self._decided_at + _HOLDS
         if is_held and _about(len(request_ids)) < _about(load.num_requests):
             # While others read their prompts, drafts for so few may pay; but the others decode in the next step.
             self.reason = "cost"
             return []
-        mix = None if self.is_drafting else self._mix(request_ids, load)
+        mix = None if self.is_drafting else self._mix(request_ids, load, self._kinds.values())
         if self._is_due(request_ids, load.num_requests, mix):
-            mix = mix or self._mix(request_ids, load)
+            mix = mix or self._mix(request_ids, load, self._kinds.values())
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
             return self._rest(request_ids, mix)
@@ -159,12 +176,12 @@ class Guard:
             rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
         return sorted(rows)
 
-    def _mix(self, request_ids: Sequence[int], load: Load) -> Hashable:
+    def _mix(self, request_ids: Sequence[int], load: Load, kinds: Iterable[Hashable]) -> Hashable:
         """What a refusal is true of: every mix that is told from others is one more chance to be wrong about."""
-        are_known = 2 * sum(i in self.fares for i in request_ids) >= len(request_ids)
+        are_known = 2 * self.fares.num_known(request_ids) >= len(request_ids)
         return (
             _about(load.num_requests),
-            frozenset(self._kinds.values()),
+            frozenset(kinds),
             None if are_known else _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
         )
 
@@ -174,7 +191,7 @@ class Guard:
         self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
         self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if self.is_drafting:
-            self._refused.clear()
+            self._forget_refusals()
             return
         self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all)
         if len(self._refused) > _MOST_MIXES:
@@ -183,12 +200,15 @@ class Guard:
     def _rest(self, request_ids: Sequence[int], mix: Hashable) -> list[int]:
         """Draft for nobody, or for a probe."""
         self.reason = "cost"
-        until, self._probe_spacing, self._probes_all = self._refused[mix]
+        refusal = self._refused[mix]
+        self._probe_spacing, self._probes_all = refusal.spacing, refusal.probes_all
         rows = self._probes(request_ids, list(range(len(request_ids))))
-        if not rows:
-            self._resting = list(request_ids)
-            self._rests_until = min(until, self._last_probe + self._probe_spacing)
+        self._resting, self._rests_until = () if rows else request_ids, self._end_of(refusal)
         return rows
+
+    def _forget_refusals(self) -> None:
+        self._refused.clear()
+        self._resting = ()
 
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
@@ -236,7 +256,7 @@ class Guard:
         if not self.is_drafting:
             # Right before a probe: by now there may be more to read than when it was decided.
             refusal = self._refused.get(mix)
-            return refusal is None or self._now >= min(refusal.until, self._last_probe + refusal.spacing)
+            return refusal is None or self._now >= self._end_of(refusal)
         if self._decided_for != _about(num_requests) or self._num_told >= self._decide_after:
             return True
         if self._now - self._decided_at >= _SELDOM_FOUND * self._decide_after:

@@ -37,8 +37,10 @@ class Drafting:
         self._reads_pieces = getattr(drafter, "reads_pieces", False)
         self._failed: set[int] = set()  # requests that go on without drafts
         self._has_logged = False
-        self._ids: list[int] = []  # that the guard was asked about last,
+        self._could: Sequence[Request] = ()  # that the guard was asked about last,
+        self._ids: list[int] = []  # their ids
         self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
+        self._num_spared = 0  # positions that each of them may yet get before one has too many unread
         # Features of steps, and the requests that have their first rows, one each, which nobody has asked for yet.
         self._steps: list[tuple[Tensor, list[Request]]] = []
         self._num_kept = 0  # positions of steps since it was last looked how many are held,
@@ -48,7 +50,7 @@ class Drafting:
         """A draft for the requests at `with_room` for which the guard finds it worth its time; record says for whom."""
         if not self.drafter.length:
             return Draft.empty(len(decoding))
-        rows = [b for b in with_room if decoding[b].id not in self._failed] if self._failed else list(with_room)
+        rows = [b for b in with_room if decoding[b].id not in self._failed] if self._failed else with_room
         if self.guard is not None and rows:
             rows = self._worth_asking(self.guard, record, decoding, rows)
         if not rows:
@@ -63,18 +65,23 @@ class Drafting:
         return draft.among(rows, len(decoding))
 
     def _worth_asking(
-        self, guard: Guard, record: StepRecord, decoding: Sequence[Request], rows: list[int]
+        self, guard: Guard, record: StepRecord, decoding: Sequence[Request], rows: Sequence[int]
     ) -> list[int]:
         assert record.load is not None
         could = decoding if len(rows) == len(decoding) else [decoding[b] for b in rows]
-        ids = [r.id for r in could]
-        if ids != self._ids:  # mostly they are the same
-            self._ids, self._kinds = ids, [_kind(r) for r in could]
-        chosen = guard.choose(ids, record.load, self._kinds)
+        if could != self._could:  # mostly they are the same
+            self._could, self._ids, self._kinds = could, [r.id for r in could], [r.kind for r in could]
+            self._num_spared = 0
+        chosen = guard.choose(self._ids, record.load, self._kinds)
         if len(chosen) < len(rows):
             record.num_skipped, record.skip_reason = len(rows) - len(chosen), guard.reason
-            spared = {*chosen}
-            self._bound_features(record, [r for n, r in enumerate(could) if n not in spared] if chosen else could)
+            self._num_spared -= 1
+            if chosen:
+                asked = {*chosen}
+                self._bound_features(record, [r for n, r in enumerate(could) if n not in asked])
+                self._num_spared = 0
+            elif self._num_spared < 0:
+                self._num_spared = self._bound_features(record, could)
         return [rows[c] for c in chosen]
 
     def propose_unread(self, record: StepRecord, requests: Sequence[Request]) -> Draft:
@@ -170,13 +177,18 @@ class Drafting:
             log.error("the drafter failed (%s); its requests go on without drafts", fault, exc_info=raised)
             self._has_logged = True
 
-    def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> None:
-        """Have the drafter read what has piled up for requests that it is not asked about."""
+    def _bound_features(self, record: StepRecord, left_out: Sequence[Request]) -> int:
+        """Have the drafter read what has piled up for requests that it is not asked about; how many positions more none of
+        them has too many with.
+        """
+        most = max(r.num_cached - r.features_start for r in left_out)
+        if most <= _MOST_UNREAD:
+            return _MOST_UNREAD - most
         full = [
             r for r in left_out if r.num_cached > r.features_start + _MOST_UNREAD and (self._steps or r.feature_pieces)
         ]
         if not full:
-            return
+            return 0
         record.num_unread += sum(map(self._offer_features, full))
         read = getattr(self.drafter, "read", None)
         if not callable(read):
@@ -189,6 +201,7 @@ class Drafting:
             except Exception as error:  # noqa: BLE001  # as in _ask
                 self._give_up(record, full, error)
         self._drop_features(full)
+        return 0
 
     def _hand_out(self, request: Request, stop: int) -> None:
         """Give a request its own features of positions before `stop`, as far as they lie in steps that were remembered."""
@@ -225,11 +238,6 @@ class Drafting:
         for request in requests:
             request.features_start, request.features = request.num_cached, None
             request.feature_pieces.clear()
-
-
-def _kind(request: Request) -> tuple[str | None, bool]:
-    """Requests of one kind are expected to fare alike. Texts that take the likeliest token, nearly, are far easier to guess."""
-    return request.params.traffic_class, request.params.temperature < 0.5
 
 
 def _join_features(request: Request) -> int:

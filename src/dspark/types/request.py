@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -104,6 +105,11 @@ class Request:
     is_raw: bool = False  # its text goes on from the prompt's, with the space between them
     has_begun: bool = False  # was looked up in a prefix cache
     num_prompt_found: int = 0  # prompt tokens that a prefix cache spared the target
+
+    @cached_property
+    def kind(self) -> tuple[str | None, bool]:
+        """Requests of one kind are expected to fare alike. Texts that take the likeliest token, nearly, are far easier to guess."""
+        return self.params.traffic_class, self.params.temperature < 0.5
 
     @property
     def pending(self) -> list[int]:
