@@ -148,9 +148,10 @@ class Replay:
         context = sum(len(r.tokens) for r in requests)
         load = Load(num, num, context, self.costs.draft_seconds(num, context))
         chosen = self.scheduler.choose(draft, survival, load) & (draft.depth <= room[:, None])
-        kept = chosen
+        kept = chosen.clone()
         if hasattr(self.beliefs, "wants_whole"):
-            kept = chosen | (self.beliefs.wants_whole(num)[:, None] & (draft.depth <= room[:, None]))
+            whole = self.beliefs.wants_whole(num)
+            kept[whole] = (draft.depth <= room[:, None])[whole]
         accepted = kept & (draft.depth <= limits[:, None])
         num_read = num + int(kept.sum())
         predicted = float(self.costs.seconds(np.array([num_read]), num, context)[0])

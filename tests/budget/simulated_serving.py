@@ -66,7 +66,7 @@ class World:
             chosen = survival >= threshold
             kept = chosen.clone()
             if hasattr(beliefs, "wants_whole"):
-                kept |= beliefs.wants_whole(self.num_requests)[:, None]
+                kept[beliefs.wants_whole(self.num_requests)] = True
             room = self.spread * torch.minimum(truth, 1 - truth)
             chances = truth + room * (2 * torch.rand(truth.shape, generator=self.generator) - 1)
             outcome = torch.rand(truth.shape, generator=self.generator) < chances

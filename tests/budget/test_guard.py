@@ -151,6 +151,25 @@ def test_requests_like_those_that_were_refused_are_not_thought_about(monkeypatch
     assert len(thought) == 2
 
 
+def test_where_drafts_clearly_pay_a_new_request_is_decided_about_with_others(monkeypatch):
+    """One short request after the other, of a kind that is known, with little before it."""
+    traffic = Traffic(Machine(per_token=0.05, per_draft=0.1), [0.8])
+    traffic.run(300)
+    guard, decided = traffic.guard, []
+    monkeypatch.setattr(guard, "_decide", lambda ids, load: decided.append(ids))
+
+    def come(request_id: int, context: int, *kinds: str) -> None:
+        for _ in range(2):  # one may be plain, to compare with
+            guard.choose([request_id], Load(1, 1, context), kinds)
+
+    for n in range(10):
+        come(100 + n, 100)
+    assert not decided
+    come(200, 5000)  # much to read for the drafter
+    come(300, 100, "another kind")
+    assert {*map(tuple, decided)} == {(200,), (300,)}
+
+
 def test_no_drafter_is_judged_by_a_few_tokens():
     """However little the first drafts are worth, and although not one of their tokens is."""
     traffic = Traffic(Machine(per_token=1.0, per_draft=1.0, base=0.1), [0.3])

@@ -35,7 +35,8 @@ class Serving:
             load = Load(len(requests), len(requests), 100 * len(requests), self.slowness * 1e-3)
             survival = falling_survival(draft, self.live.survival(draft, requests))
             chosen = self.scheduler.choose(draft, survival, load)
-            kept = chosen | self.live.wants_whole(len(requests))[:, None]
+            kept = chosen.clone()
+            kept[self.live.wants_whole(len(requests))] = True
             right = torch.rand(truth.shape, generator=world.generator) < truth
             accepted = (right & kept).long().cumprod(1).bool()
             tokens = len(requests) + int(kept.sum())

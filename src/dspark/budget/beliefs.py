@@ -134,14 +134,14 @@ class LiveBeliefs:
             law = self._laws[name] = self.map.law(learner)
         return law
 
-    def wants_whole(self, num_requests: int) -> Tensor:
-        """[B] drafts to verify whole, drawn at random: what they tell is bent by nobody's choice."""
-        whole = np.zeros(num_requests, dtype=bool)
+    def wants_whole(self, num_requests: int) -> list[int]:
+        """Places of drafts to verify whole, drawn at random: what they tell is bent by nobody's choice. Mostly there is none."""
+        whole = []
         while self._until_whole < num_requests:  # the next one is drawn, not each: it comes once in a thousand drafts
-            whole[self._until_whole] = True
+            whole.append(self._until_whole)
             self._until_whole += self._drafts_to_next_whole()
         self._until_whole -= num_requests
-        return torch.from_numpy(whole)
+        return whole
 
     def _drafts_to_next_whole(self) -> int:
         share = self.settings.full_share

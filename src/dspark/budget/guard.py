@@ -37,8 +37,8 @@ class GuardSettings:
     half_life         drafts after which one counts half
     memory            steps after which a draft says no more of its request than others say
     reconsider_every  drafted steps between decisions while there are about as many requests, up to four times as many
-                      where drafts have clearly paid for a while; off, it is decided once for each mix of requests and
-                      before each probe, which teaches something
+                      where drafts have clearly paid for a while; there, requests that come and go do not matter either.
+                      Off, it is decided once for each mix of requests and before each probe, which teaches something
     """
 
     min_observations: int = 24
@@ -62,7 +62,8 @@ _SOON = 4  # drafted steps before a plain one until then
 _SOONEST = 12  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
-_CLEARLY = 1.15  # times as many tokens per second
+_CLEARLY = 1.15  # times as many tokens per second,
+_CLEAR = 2  # as often as this, one decision after the other
 _CHEAP = 0.06  # of a step
 
 
@@ -110,6 +111,8 @@ class Guard:
         self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
+        self._decided_kinds: set[Hashable] = set()
+        self._decided_to_read = 0
         self._decided_at = self._now = 0
         self._num_told, self._decide_after = 0, 0  # steps with drafts since then, and after how many to decide again
         self._last_plain = self._last_probe = 0
@@ -163,7 +166,7 @@ class Guard:
             self.reason = "cost"
             return []
         mix = None if self.is_drafting else self._mix(request_ids, load, self._kinds.values())
-        if self._is_due(request_ids, load.num_requests, mix):
+        if self._is_due(request_ids, load, mix):
             mix = mix or self._mix(request_ids, load, self._kinds.values())
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
@@ -182,13 +185,14 @@ class Guard:
         return (
             _about(load.num_requests),
             frozenset(kinds),
-            None if are_known else _about(1 + load.context_tokens / load.num_requests) // 4,  # to be read
+            None if are_known else _to_read(load),
         )
 
     def _reconsider(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> None:
         if self._decided_for != _about(load.num_requests):
             self._num_clear = 0
         self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
+        self._decided_kinds, self._decided_to_read = set(self._kinds.values()), _to_read(load)
         self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if self.is_drafting:
             self._forget_refusals()
@@ -251,16 +255,22 @@ class Guard:
             return True
         return False
 
-    def _is_due(self, request_ids: Sequence[int], num_requests: int, mix: Hashable) -> bool:
+    def _is_due(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> bool:
         """A decision costs about as much as a tenth of a small step; few drafts, and none, tell little."""
         if not self.is_drafting:
             # Right before a probe: by now there may be more to read than when it was decided.
             refusal = self._refused.get(mix)
             return refusal is None or self._now >= self._end_of(refusal)
-        if self._decided_for != _about(num_requests) or self._num_told >= self._decide_after:
+        if self._decided_for != _about(load.num_requests) or self._num_told >= self._decide_after:
             return True
         if self._now - self._decided_at >= _SELDOM_FOUND * self._decide_after:
             return True
+        if (
+            self._num_clear >= _CLEAR
+            and _to_read(load) <= self._decided_to_read
+            and self._decided_kinds.issuperset(self._kinds.values())
+        ):
+            return False  # of a new one nothing is known but that others like it fare well
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
@@ -372,6 +382,11 @@ def _without_prompts(load: Load) -> Load:
 
 def _about(num_requests: float) -> int:
     return round(2 * math.log2(num_requests))
+
+
+def _to_read(load: Load) -> int:
+    """By the drafter before its first draft for a request: about how much."""
+    return _about(1 + load.context_tokens / load.num_requests) // 4
 
 
 def _num_probed(num_left_out: int) -> int:

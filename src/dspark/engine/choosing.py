@@ -62,10 +62,10 @@ class Choosing:
             if min(room, default=0) < draft.tokens.shape[1]:
                 keep = keep & (draft.depth <= torch.tensor(room)[:, None])
             if self._explores:
-                whole = self.beliefs.wants_whole(len(decoding))  # type: ignore[attr-defined]  # _explores has asked
                 record.chosen = keep
-                if whole.numpy().any():
-                    keep = keep | (whole[:, None] & draft.real & (draft.depth <= torch.tensor(room)[:, None]))
+                if whole := self.beliefs.wants_whole(len(decoding)):  # type: ignore[attr-defined]  # _explores has asked
+                    keep = keep.clone()
+                    keep[whole] |= (draft.real & (draft.depth <= torch.tensor(room)[:, None]))[whole]
             kept = keep.tolist()
             record.num_tokens += sum(map(sum, kept))
             if foretells:
