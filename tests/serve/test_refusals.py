@@ -7,18 +7,20 @@ import json
 import logging
 import socket
 import time
+from contextlib import suppress
 
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dspark import Engine, SamplingParams
+from dspark.serve.faults import ApiError
+from dspark.serve.nesting import MOST_LEVELS, check_nesting
 from serve.conftest import serving
 
 MESSAGES = [{"role": "user", "content": "What is a river?"}]
-NESTED: dict = {}
-for _ in range(800):
-    NESTED = {"items": NESTED}
 NESTED_CALL = {"function": {"name": "f", "arguments": "[" * 100_000}}
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4}
 
@@ -59,7 +61,6 @@ def post(served, body, path="/v1/chat/completions", **options):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": False}}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
@@ -76,14 +77,50 @@ def test_bad_fields_are_named(served, change, field):
     assert (error["param"] or "") == field
 
 
-def test_a_body_is_not_nested_without_end(served):
-    """Deeper than Python recurses, whoever has raised its limit meanwhile: Hypothesis does."""
-    tool = {"type": "function", "function": {"name": "f", "parameters": "HERE"}}
-    deep = '{"items":' * 40_000 + "{}" + "}" * 40_000
+@pytest.mark.parametrize(("levels", "is_taken"), [(96, True), (97, False), (800, False), (40_000, False)])
+def test_a_body_is_not_nested_without_end(served, levels, is_taken):
+    """By a bound of the server's own, wherever Python's is: Hypothesis raises it, and parsers look at others."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": "HERE"}}  # three levels, and the body's own
+    deep = '{"items":' * (levels - 1) + "{}" + "}" * (levels - 1)
     body = json.dumps({**CHAT, "tools": [tool]}).replace('"HERE"', deep)
-    reply = httpx.post(served.url + "/v1/chat/completions", content=body, timeout=60)
+    headers = {"content-type": "application/json"}
+    reply = httpx.post(served.url + "/v1/chat/completions", content=body, headers=headers, timeout=60)
+    if is_taken:
+        assert reply.status_code == 200, reply.text
+        return
     assert reply.status_code == 400, reply.text
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert "nested more than 100 levels deep" in reply.json()["error"]["message"]
+
+
+values = st.recursive(
+    st.text('a[]{}"\\\n', max_size=6) | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[{"\\', max_size=3), inner, max_size=3),
+)
+
+
+def levels_of(value) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inside is None else 1 + max(map(levels_of, inside), default=0)
+
+
+@given(values, st.integers(90, 110))
+def test_levels_are_counted_past_whatever_strings_hold(value, num_around):
+    text = '[[], "[[", ' * num_around + json.dumps(value, indent=1) + "]" * num_around
+    try:
+        check_nesting(text.encode(), "it")
+        is_taken = True
+    except ApiError:
+        is_taken = False
+    assert is_taken == (num_around + max(levels_of(value), 1) <= MOST_LEVELS)
+
+
+@pytest.mark.parametrize("piece", [b'"', b'\\"', b"[]", b'{"a":[', b"\\"])
+def test_counting_levels_takes_no_longer_than_the_body_is(piece):
+    began = time.thread_time()
+    with suppress(ApiError):
+        check_nesting(b"[" * 200 + b'"' + piece * (2**20 // len(piece)), "it")
+    assert time.thread_time() - began < 1
 
 
 def test_errors_that_clients_know_how_to_mend(served):

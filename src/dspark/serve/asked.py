@@ -10,6 +10,7 @@ from typing import Any
 from dspark.errors import InvalidRequest
 from dspark.serve.faults import ApiError
 from dspark.serve.grammar import Grammars
+from dspark.serve.nesting import check_nesting
 from dspark.serve.settings import ServeSettings
 from dspark.serve.tools import NamedVoice, PlainVoice, RequiredVoice, TaggedVoice, Voice
 from dspark.serve.wire import ChatRequest, CompletionRequest, Message, NamedTool, ResponseFormat
@@ -82,6 +83,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
 
 def _as_object(name: str, arguments: str) -> dict[str, Any]:
     try:
+        check_nesting(arguments.encode(errors="surrogatepass"), "what is in arguments")
         return {"name": name, "arguments": json.loads(arguments)}
     except ValueError:
         return {"name": name, "arguments": arguments}

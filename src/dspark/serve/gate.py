@@ -1,4 +1,4 @@
-"""Before any route: an id for every request, the key, the size of the body. After it: one line in the log."""
+"""Before any route: an id for every request, the key, size and nesting of the body. After it: one line in the log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark.serve.faults import ApiError
+from dspark.serve.nesting import check_nesting
 from dspark.serve.settings import ServeSettings
 
 log = logging.getLogger("dspark.access")
@@ -85,6 +86,7 @@ class Gate:
             body = await asyncio.wait_for(_whole_body(receive, limit), self.settings.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not come within {self.settings.body_seconds:g} seconds") from None
+        check_nesting(body, "the body")
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:

@@ -119,7 +119,7 @@ def _parsed(text: str) -> tuple[str, str] | None:
     """Name and arguments (as JSON) of a call, if the text is one."""
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
