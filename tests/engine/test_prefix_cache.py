@@ -14,7 +14,7 @@ from dspark.engine.engine import Engine
 from dspark.engine.prefix_cache import RUN, PrefixCache
 from dspark.target import Target
 from dspark.target.kv_cache import KVCache
-from dspark.types import Request, SamplingParams, Span
+from dspark.types import FeaturePiece, Request, SamplingParams, Span
 from engine.models import VOCAB_SIZE, OracleDrafter, random_target, reference_features
 from target.conftest import plain_model
 
@@ -235,7 +235,7 @@ class Desk:
             self.cache.reserve(request.id, len(tokens) - request.num_cached)
         num_read, request.num_cached = len(tokens) - request.num_cached, len(tokens)
         if feature is not None:
-            self.prefixes.note(request, torch.full((num_read, 3), feature))
+            self.prefixes.note(request, FeaturePiece(torch.full((num_read, 3), feature), 0, num_read))
         self.prefixes.take_in(request)
         self.cache.check()
         return request

@@ -27,7 +27,7 @@ _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such 
 _TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
 # Steps that wait to be learned from while nobody asks: who asks then waits for all of them, and older ones tell little
 # that these do not.
-_MOST_WAITING = 64
+_MOST_WAITING = 32
 _LITTLE = 64  # steps
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]

@@ -117,7 +117,7 @@ class Ledger:
         piece = FeaturePiece(features, first, len(chosen), None if is_run else [first + place for place in chosen])
         self.drafting.keep_features(request, piece)
         if self.prefixes is not None:
-            self.prefixes.note(request, piece.cut)
+            self.prefixes.note(request, piece)
 
     def _append(self, request: Request, drafted: list[int], next_token: int) -> None:
         """Commit tokens one by one, as if each had come alone: whatever ends the request drops the rest."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dspark import pages
 from dspark.target.kv_cache import KVCache
-from dspark.types import Request
+from dspark.types import FeaturePiece, Request
 
 RUN = 16  # tokens that are found, shared and dropped together
 _ON_A_SHELF = 64  # runs whose features get their memory at once
@@ -44,7 +44,7 @@ class _Held:
     """Of one running request: its runs from the start, and features of what it has read beyond them."""
 
     runs: list[_Run] = field(default_factory=list)
-    pieces: list[Tensor] = field(default_factory=list)
+    pieces: list[FeaturePiece] = field(default_factory=list)
 
 
 class _Shelves:
@@ -105,10 +105,10 @@ class PrefixCache:
         features = [run.features for run in held.runs if run.features is not None]
         return torch.cat(features) if features else None
 
-    def note(self, request: Request, features: Tensor) -> None:
-        """Remember features [n, F] of the positions just committed."""
+    def note(self, request: Request, piece: FeaturePiece) -> None:
+        """Remember features of the positions just committed. They are cut out when they fill a run."""
         if request.id in self._held:
-            self._held[request.id].pieces.append(features)
+            self._held[request.id].pieces.append(piece)
 
     def take_in(self, request: Request) -> None:
         """Let others find what a request has had committed since the last time, as far as it fills runs."""
@@ -121,7 +121,7 @@ class PrefixCache:
         if num_new <= 0:
             return
         slots = self._cache.slots_of(request.id)[first : first + RUN * num_new].copy()
-        features = torch.cat(held.pieces) if held.pieces else None
+        features = torch.cat([piece.cut for piece in held.pieces]) if held.pieces else None
         for start in range(0, RUN * num_new, RUN):
             tokens = tuple(request.tokens[first + start : first + start + RUN])
             parent = held.runs[-1] if held.runs else None
@@ -131,7 +131,10 @@ class PrefixCache:
                 siblings[tokens] = _Run(tokens, parent, slots[start : start + RUN], own)
                 self._cache.share(siblings[tokens].slots)
             self._use(held, siblings[tokens])
-        held.pieces = [] if features is None else [features[RUN * num_new :].clone()]
+        held.pieces = []
+        if features is not None:
+            rest = features[RUN * num_new :].clone()
+            held.pieces.append(FeaturePiece(rest, 0, len(rest)))
 
     def forget(self, request: Request) -> None:
         """The request gives its slots back. Its runs stay for others to find."""
