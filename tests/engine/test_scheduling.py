@@ -207,7 +207,6 @@ def test_features_that_somebody_needs_are_not_copied(target, texts, monkeypatch)
     for _ in range(30):
         engine.step()
     assert all(len(r.feature_pieces) + len(engine.drafting._steps) == 30 for r in requests)
-    assert sum(len(r.feature_pieces) for r in requests) > 50
     for request in requests:
         engine.cancel(request)
 

@@ -119,18 +119,18 @@ class Drafting:
         self._num_kept += features.shape[0]  # `len` asks several things first
         if self._num_kept < self._look_after:
             return
-        for request in requests:
-            self._hand_out(request, request.num_cached)
-        self._steps.clear()
-        pieces = [piece for request in requests for piece in request.feature_pieces]
-        num_held = sum({id(piece.features): len(piece.features) for piece in pieces}.values())
-        num_needed = sum(map(len, pieces))
+        held = [step for step, _ in self._steps]
+        held += (piece.features for request in requests for piece in request.feature_pieces)
+        num_held = sum({id(step): step.shape[0] for step in held}.values())
+        num_needed = sum(r.num_cached - r.features_start for r in requests if r.id not in self._failed)
         self._num_kept, self._look_after = 0, max(_FEW_HELD, num_needed)
         if num_held > max(_FEW_HELD, _MOST_HELD * num_needed):
             for request in requests:
+                self._hand_out(request, request.num_cached)
                 if request.feature_pieces:
                     joined = torch.cat([piece.cut for piece in request.feature_pieces])
                     request.feature_pieces[:] = [FeaturePiece(joined, 0, len(joined))]
+            self._steps.clear()
 
     def forget(self, request: Request) -> None:
         """The request has ended, or must be read again from the start."""
