@@ -464,6 +464,19 @@ def test_one_hard_text_does_not_condemn_those_after_it():
     assert np.mean(speeds) > 1.03 * np.mean(always)
 
 
+def test_a_text_that_nobody_has_drafted_for_is_given_a_chance():
+    """Texts differ, so one that comes after a hard one may well be easy. A run of a few texts shows it at once or never."""
+    machine, texts, seeds = Machine(per_token=0.1, per_draft=0.7), [(a, None) for a in (0.5, 0.75, 0.75) * 2], range(8)
+    speeds = [one_after_the_other(texts, machine, seed) for seed in seeds]
+    always = [one_after_the_other(texts, machine, seed, is_guarded=False) for seed in seeds]
+    assert np.mean(speeds) > np.mean(always) > 1.1
+
+
+def test_chances_for_new_texts_cost_little_where_all_are_hard():
+    machine, texts = Machine(per_token=0.1, per_draft=0.7), [(0.35, None)] * 20
+    assert np.mean([one_after_the_other(texts, machine, seed) for seed in range(2)]) > 0.98
+
+
 def test_a_text_behind_a_long_prompt_is_not_drafted_for_and_those_behind_short_ones_are():
     """The drafter would have to read the long one first; what prompts take on average says too little of it, and too much
     of the others.

@@ -22,6 +22,7 @@ _OTHERS_HALF_LIFE = 8.0  # requests
 _BY_AGE = [0.5 ** (age / _OTHERS_HALF_LIFE) for age in range(_OTHERS)]
 _STALE = 0.25  # what a request counts whose drafts are older than the memory
 _LONG_RUN = 12  # drafts
+_UNKNOWN = 0.6, 1.5  # times the tokens that texts usually get: how two more may do than those that are known
 _TRUST_PRIOR, _FOUND_PRIOR = 24.0, 8.0  # draft tokens, drafts: as if all had come true before
 _COUNT_MEMORY = 400.0  # of them
 
@@ -123,10 +124,23 @@ class Fares:
         trust = np.array([self.trust(kind) for kind in kinds])
         return np.minimum(samples * (trust * long_run / promised)[:, None], 1.0)
 
+    def ease(self, kinds: Sequence[Hashable]) -> Floats:
+        """[n]  what rounds with drafts of single texts of these kinds give, in what such rounds usually give."""
+        alike = [fare for kind in {*kinds} for fare in self._alike(kind)]
+        usual = sum(fare.promise for fare in alike) / max(1, len(alike))
+        own = np.array([min(fare.num, _LONG_RUN) for fare in alike])
+        promise = np.array([fare.promise for fare in alike])
+        known = 1 + (promise - usual) * own / (own + _LIKE_OTHERS) / (1 + usual)
+        return np.concatenate([known, _UNKNOWN])
+
+    def _alike(self, kind: Hashable) -> list[_Fare]:
+        """Those drafted for last, newest first: of this kind if there are any."""
+        newest = list(islice(reversed(self._by_request.values()), _OTHERS))
+        return [fare for fare in newest if fare.kind == kind] or newest
+
     def _usual(self, now: int, kind: Hashable) -> float:
         """Accepted tokens promised by a draft of requests of this kind, by those drafted for last."""
-        newest = list(islice(reversed(self._by_request.values()), _OTHERS))
-        alike = [fare for fare in newest if fare.kind == kind] or newest
+        alike = self._alike(kind)
         total = weights = 0.0
         for age, fare in enumerate(alike):
             num = min(fare.num, _LONG_RUN)

@@ -65,6 +65,10 @@ _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may
 _CLEARLY = 1.15  # times as many tokens per second,
 _CLEAR = 2  # as often as this, one decision after the other
 _CHEAP = 0.06  # of a step
+_LOOK = 6  # drafts until it is known that a text is no easier than others
+_UNREST = 2.0  # plain steps that this costs besides
+_SINGLE = 2  # requests
+_LONGEST_LOOKED_FOR = 64  # tokens of a text to count on, which may have more
 
 
 class _Refusal(NamedTuple):
@@ -73,6 +77,7 @@ class _Refusal(NamedTuple):
     until: int
     spacing: float  # steps between probes that what they are believed to lose allows
     probes_all: bool
+    tries_new: bool  # texts that nobody has drafted for yet may be so much easier that a few drafts for them pay
 
 
 class _Seen(NamedTuple):
@@ -104,6 +109,7 @@ class Guard:
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
         self._probed: set[int] = set()
+        self._tried: set[int] = set()
         self._refused: dict[Hashable, _Refusal] = {}  # since the last probe, by what is known of requests
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
         self._rests_until = 0.0  # before this step
@@ -140,7 +146,7 @@ class Guard:
             return False
         if request_ids != self._resting:
             refusal = self._refused.get(self._mix(request_ids, load, kinds))
-            if refusal is None:
+            if refusal is None or (refusal.tries_new and self._new_among(request_ids)):
                 return False
             self._resting, self._rests_until = request_ids, self._end_of(refusal)
         return self._now < self._rests_until
@@ -197,7 +203,8 @@ class Guard:
         if self.is_drafting:
             self._forget_refusals()
             return
-        self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all)
+        tries_new = self._may_be_easy(len(request_ids))
+        self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new)
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
 
@@ -207,8 +214,29 @@ class Guard:
         refusal = self._refused[mix]
         self._probe_spacing, self._probes_all = refusal.spacing, refusal.probes_all
         rows = self._probes(request_ids, list(range(len(request_ids))))
+        if not rows and refusal.tries_new:
+            rows = self._new_among(request_ids)
+            if rows:
+                self._last_probe, self._probed = self._now, {request_ids[b] for b in rows}
+            self._tried = {*request_ids}
         self._resting, self._rests_until = () if rows else request_ids, self._end_of(refusal)
         return rows
+
+    def _new_among(self, request_ids: Sequence[int]) -> list[int]:
+        """Places of requests that were never drafted for, if they are half of all or more, and all are few: what single
+        texts are like says little of many.
+        """
+        if len(request_ids) > _SINGLE:
+            return []
+        new = [b for b, i in enumerate(request_ids) if i not in self.fares and i not in self._tried]
+        return new if 2 * len(new) >= len(request_ids) else []
+
+    def _may_be_easy(self, num_requests: int) -> bool:
+        """Whether drafting a little for texts of which nothing is known is believed to pay, by how unlike others have been."""
+        advantage = self._advantage * (1 + (self.fares.ease([*self._kinds.values()]) - 1) / math.sqrt(num_requests))
+        length = min(self.reading_up.tokens_per_prompt, _LONGEST_LOOKED_FOR)
+        gain = length * float(np.maximum(advantage - 1, 0).mean())
+        return gain > _LOOK * self._length * float(np.maximum(1 - advantage, 0).mean()) + _UNREST
 
     def _forget_refusals(self) -> None:
         self._refused.clear()
