@@ -17,6 +17,7 @@ from dspark.types import SamplingParams
 from engine.models import OracleDrafter, random_target
 from monitor.records import finished
 from monitor.test_prometheus import values
+from target.tape import RunAgain
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=12, seed=3)
 
@@ -48,6 +49,18 @@ def test_the_same_tokens_are_equal(target):
     assert [o.kind for o in seen] == ["equal", "equal"] and not canaries.kept
     assert all(o.logprob < 0 for o in seen)
     assert target.num_free_slots == target.cache.limit
+
+
+def test_replays_beside_a_drafter_take_the_graphs_that_its_engine_takes(target, monkeypatch):
+    """Uncompiled passes take several times as long, and for each of their many sizes libraries keep what they prepared."""
+    records = [served(target), served(target, range(1, 40))]
+    monkeypatch.setattr(target, "_compiled", {})
+    target.capture(RunAgain(), (0, 2))  # as compiled for a drafter that reads these layers
+    run_eagerly, eagerly = target._eager, []
+    monkeypatch.setattr(target, "_eager", lambda *x, **options: eagerly.append(x) or run_eagerly(*x, **options))
+    seen, _ = outcomes(target, records)
+    assert not eagerly
+    assert [o.kind for o in seen] == ["equal", "equal"]
 
 
 def test_one_corrupted_token_is_found_with_both_traces(target):

@@ -72,7 +72,7 @@ def test_steady_state_compiles_nothing(
     run_eagerly, eagerly = target._eager, list[torch.Tensor]()
 
     def note(token_ids: torch.Tensor, *others: Any, **options: Any) -> Any:
-        if options["feature_layers"] == layers:
+        if options["feature_layers"] in (layers, ()):
             eagerly.append(token_ids)
         return run_eagerly(token_ids, *others, **options)
 
@@ -100,6 +100,11 @@ def test_steady_state_compiles_nothing(
             seeing = target.seeing(View(3, 4))  # through the same graphs
             compiled, eager = (read_and_drop(seeing, spans, features) for features in (layers, (0,)))
             torch.testing.assert_close(compiled, eager, atol=2e-5, rtol=0)
+            # Who wants no features takes the same graphs.
+            without = target.extend([Span(88, 0, texts[0][:20], num_logits=1)])
+            target.release(88)
+            assert without.features is None
+            torch.testing.assert_close(without.logits, pair.logits(texts[0][:20])[-1:], atol=2e-5, rtol=0)
             if step == 5:  # the cache grows
                 target.cache.reserve(55, 1500)
                 target.release(55)

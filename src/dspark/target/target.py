@@ -128,7 +128,7 @@ class Target:
         """
         write = self._reserve(spans)
         try:
-            compiled = self._compiled.get(feature_layers)
+            compiled = self._compiled_for(feature_layers)
             pieces = in_short_pieces(spans) if self._reads_in_pieces(spans, compiled is not None) else spans
             plan, inputs = self._lay_out(pieces, write, compiled is not None)
             plan.in_fixed_order = self.is_deterministic
@@ -137,11 +137,19 @@ class Target:
             if compiled is not None and compiled.takes(plan):
                 run, place = compiled, compiled.reads_on
             ids, *others = move(plan, inputs, place)
-            return Extension(*run(ids if token_ids is None else token_ids, *others, plan))
+            logits, features = run(ids if token_ids is None else token_ids, *others, plan)
+            return Extension(logits, features if feature_layers else None)
         except BaseException:
             for span in spans:
                 self.cache.keep(span.request_id, span.start, ())
             raise
+
+    def _compiled_for(self, feature_layers: tuple[int, ...]) -> CompiledForward | CapturedForward | None:
+        """The graphs that give these features. Who wants none, as a plain engine beside one that drafts, takes what there is
+        and leaves them."""
+        if feature_layers in self._compiled or feature_layers:
+            return self._compiled.get(feature_layers)
+        return next(iter(self._compiled.values()), None)
 
     def _eager(
         self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, plan: Plan, feature_layers: tuple[int, ...]
@@ -193,8 +201,8 @@ class Target:
         Returns whether it worked.
 
         Takes tens of seconds, on CPU only until its graphs are on disk, and a C++ compiler (CPU) or Triton (GPU).
-        feature_layers as they will be asked for; other forwards run eagerly. Later changes of the weights are not seen.
-        The cache must be empty.
+        feature_layers as they will be asked for; forwards that want others run eagerly, those that want none take what
+        there is. Later changes of the weights are not seen. The cache must be empty.
         """
         if feature_layers in self._compiled:
             return True
