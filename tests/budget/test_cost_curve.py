@@ -166,6 +166,18 @@ def test_it_comes_back_from_json():
             CostCurve.from_json(broken)
 
 
+def test_what_a_file_says_of_a_size_is_soon_put_right():
+    """It was written while the machine had other work: a size that looks dear is hardly ever tried again."""
+    before, rng = learned(straight), np.random.default_rng(0)
+    for _ in range(18):
+        before.observe(8, 1, 64, 4 * straight(8, 1, 64))
+    curve = CostCurve.from_json(before.as_json())
+    for step in range(600):
+        size = 8 if step in (150, 300, 450) else int(rng.integers(1, 8))
+        curve.observe(size, 1, 64, straight(size, 1, 64) * rng.lognormal(0, 0.05))
+    assert predicted(curve, 8, 1, 64) == pytest.approx(straight(8, 1, 64), rel=0.15)
+
+
 def test_one_step_is_enough_to_begin_with():
     curve = CostCurve()
     assert not curve.is_known and (curve.seconds(np.arange(3), 1, 0) == 1).all()

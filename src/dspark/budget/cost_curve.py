@@ -28,6 +28,7 @@ _SPEED_CHANGE = 0.12  # a smaller change of all is left to the medians
 _MOST_BETWEEN_FITS, _FEWEST_BETWEEN_FITS = 256, 45  # a fit, with what is looked up in it, takes a fifth of a small step
 _NEAR = 2  # places of size whose steps say what to expect of a new one
 _HALF_AS_FRESH, _OLD = 50, 0.02  # steps; share
+_PAST = 500  # steps after which what a place had shown is from another time, as all is that a file tells
 _LATEST = 4  # places that are looked at to see whether the fit has become old
 _ABSURD = 30.0  # times as long as believed: the machine slept or its clock jumped, unless it happens again and again
 _LEAST_SECONDS = 1e-7  # what clocks that leap have taught may say 0, by which others divide
@@ -60,6 +61,11 @@ class Place:
     def num(self) -> int:
         """Of the latest steps here, by which others are judged."""
         return min(len(self.seconds), _MEDIAN_OF)
+
+    def forget_all_but_last(self) -> None:
+        """What comes now is to be believed soon: of two the shorter counts, of three the middle one."""
+        while len(self.seconds) > 1:
+            self.seconds.popleft()
 
     @property
     def median(self) -> float:
@@ -144,6 +150,8 @@ class CostCurve:
         self._places.move_to_end(key)
         value, num = seconds / self.speed, place.num
         expected = place.usual
+        if self.num_observed - place.latest > _PAST:
+            place.forget_all_but_last()
         if expected:
             self._recent.append((place, math.log(value / expected)))
         share = 1 / (1 + num)
@@ -219,7 +227,8 @@ class CostCurve:
             if not values or not are_measured:
                 raise ValueError(f"not a measured step: {size}, {requests}, {context}, {seconds}")
             key = (_size_place(size), _request_place(requests), _context_place(context))
-            place = Place(float(size), float(requests), float(context), seconds=deque(values, 2 * _MEDIAN_OF))
+            place = Place(float(size), float(requests), float(context), latest=-_PAST)
+            place.seconds.extend(values)
             curve._places[key] = place
             curve.num_observed += len(values)
         if curve._places:
