@@ -47,6 +47,14 @@ def test_aims_are_judged_against_the_best_of_each_family():
     }
 
 
+def test_aims_are_judged_for_every_scheduler():
+    r = result({PLAIN: 100, DSPARK: 170, f"{DSPARK}@fixed:7": 210, "ours: ngram": 120})
+    assert aims([r]) == [
+        (False, "1 request, temperature 0: DSpark over our plain decoding: 1.70x, aim 2x"),
+        (True, "1 request, temperature 0: DSpark@fixed:7 over our plain decoding: 2.10x, aim 2x"),
+    ]
+
+
 def test_tau_is_judged_at_temperature_1_only():
     accepted = {DSPARK: Acceptance(2.6, {}, [], 9), "ours: dflash": Acceptance(2.7, {}, [], 9)}
     at = {t: aims([result({DSPARK: 1}, temperature=t, acceptance=accepted)]) for t in (0.0, 1.0)}
