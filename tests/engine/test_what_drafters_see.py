@@ -206,3 +206,19 @@ def test_drafters_know_what_reading_it_all_tells(
     if prefix_tokens:
         assert sum(r.num_prefix_found for r in records) > 100
     assert any(request.is_drafted and request.rounds for request in requests)
+
+
+def test_a_prompt_that_is_read_token_by_token_beside_others_is_told_whole(target, folder, prompts, params, texts):
+    """Nothing is verified, so the others read one token, too; they are drafted for while the prompt is not."""
+    spy = spy_on("block", target, folder, texts)
+    engine = Engine(target, spy, "fixed:0", max_num_batched_tokens=1, capacity=Known())
+    requests = []
+    for i in range(2):
+        requests.append(engine.submit(prompts[i], params[i]))
+        while not requests[-1].generated:
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert (
+        all(r.tokens == text[: len(r.tokens)] for r, text in zip(requests, texts, strict=False)) and spy.num_checked > 0
+    )

@@ -55,7 +55,9 @@ class Ledger:
         parents = None if draft.parents is None else draft.parents.tolist()
         first_row, b, end, num_alone = 0, 0, 0, 0
         if out.features is not None and self.prefixes is None:  # which wants every request's own at once
-            num_alone = next((n for n, span in enumerate(spans) if len(span.tokens) > 1), len(spans))
+            # One who goes on reading a prompt is not asked about in the next step, as those are whose steps are let go of.
+            more = (n for n, span in enumerate(spans) if len(span.tokens) > 1 or not span.num_logits)
+            num_alone = next(more, len(spans))
         for request, span in zip(requests, spans, strict=True):
             first, end = end, end + len(span.tokens)
             features = out.features if first >= num_alone else None  # else the drafter's part of the step is told of it
