@@ -93,7 +93,7 @@ class Never(Guard):
         super().__init__(engine_capacity)
         self.spared = spared
 
-    def choose(self, request_ids, load, kinds):
+    def choose(self, request_ids, load, kinds, num_generated):
         self.reason = "test"
         return list(range(len(request_ids)))[: self.spared]
 

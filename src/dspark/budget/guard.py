@@ -11,19 +11,15 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dspark.budget.capacity import Capacity
-from dspark.budget.fares import Fares
+from dspark.budget.fares import Fares, Stage
+from dspark.budget.prospects import Prospects
 from dspark.budget.reading_up import ReadingUp
-from dspark.budget.side_by_side import SideBySide
-from dspark.budget.throughput import seconds_of_step
+from dspark.budget.side_by_side import SideBySide, num_unsettled
 from dspark.types import Load, StepRecord
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,17 +52,20 @@ _AT_ENDS = 12
 _MOST_MIXES = 64
 _HOLDS = 512  # steps at most that it is not decided anew whether to start
 _NOBODY: frozenset[int] = frozenset()
-_ENOUGH = 8  # pairs of a plain and a drafted step before the comparison is believed: of few, most may be disturbed
-_FEW, _BEYOND_DOUBT = 3, 2.0  # which does not matter where drafts give so many times as many tokens per second
-_SOON = 4  # drafted steps before a plain one until then
-_SOONEST = 12  # and afterwards, where it loses nothing
+_UNTOLD = Stage()
+_TIMED = 3  # plain steps that are taken together to be timed, after those that still suffer from drafts
+_ENOUGH = 4  # pairs of plain and drafted steps before the comparison is believed: of few, most may be disturbed
+_FEW, _BEYOND_DOUBT = 2, 2.0  # which does not matter where drafts give so many times as many tokens per second
+_SOON = 8  # steps between such runs until then
+_SOONEST = 60  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
 _CLEARLY = 1.15  # times as many tokens per second,
 _CLEAR = 2  # as often as this, one decision after the other
 _CHEAP = 0.06  # of a step
+_WORTH_IT = 1.08  # times as many tokens per second, by leaving requests out
 _LOOK = 6  # drafts until it is known that a text is no easier than others
-_UNREST = 2.0  # plain steps that this costs besides
+_UNREST = 2.0  # plain steps that it costs to begin drafting or to end it: caches, decisions
 _SINGLE = 2  # requests
 _LONGEST_LOOKED_FOR = 64  # tokens of a text to count on, which may have more
 
@@ -81,12 +80,13 @@ class _Refusal(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A step to learn from, the requests that were drafted for, and their kinds."""
+    """A step to learn from, the requests that were drafted for, and what was known of them."""
 
     now: int
     record: StepRecord
     asked: frozenset[int]
-    kinds: dict[int, Hashable]
+    stages: dict[int, Stage]
+    hoped: float  # accepted tokens that were expected when it was decided to draft; 0 if it was not
 
 
 class Guard:
@@ -97,59 +97,72 @@ class Guard:
         self.is_drafting = True
         self.reason: str | None = None  # why `choose` left requests out
         self.fares = Fares(self.settings.num_remembered, self.settings.memory)
-        self._kinds: dict[int, Hashable] = {}
+        self._stages: dict[int, Stage] = {}
         self._asked = _NOBODY  # drafted for in this step
         self._waiting: list[_Seen] = []
         self._num_judged = 0
-        self._share = 1.0  # of the drafts asked for that have a token, as believed when it was last decided
         self.side_by_side, self.reading_up = SideBySide(), ReadingUp()
         self._advantage = 1.0  # tokens per second over plain decoding, as believed when it was last decided
         self._num_clear = 0  # decisions, one after the other, to draft because it clearly pays
+        self._hoped = 0.0  # accepted tokens of each draft, as expected when it was last decided
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
         self._probed: set[int] = set()
-        self._tried: set[int] = set()
+        self._tried: set[tuple[int, Stage]] = set()
         self._refused: dict[Hashable, _Refusal] = {}  # since the last probe, by what is known of requests
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
+        self._resting_at: Sequence[Stage] = ()  # and their stages
         self._rests_until = 0.0  # before this step
         self._chosen: set[int] | None = None  # None: all
-        self._num_chosen = 1
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
-        self._decided_kinds: set[Hashable] = set()
+        self._decided_stages: set[Stage] = set()
+        self._clear_stages: set[Stage] = set()  # at which drafts clearly paid in all these decisions
         self._decided_to_read = 0
         self._decided_at = self._now = 0
         self._num_told, self._decide_after = 0, 0  # steps with drafts since then, and after how many to decide again
         self._last_plain = self._last_probe = 0
-        self._measured = -1  # when plain steps were last taken to be timed
+        self._plain_until = 0  # plain steps are taken before this one, to be timed
 
-    def choose(self, request_ids: Sequence[int], load: Load, kinds: Sequence[Hashable] = ()) -> list[int]:
+    def choose(
+        self,
+        request_ids: Sequence[int],
+        load: Load,
+        kinds: Sequence[Hashable] = (),
+        num_generated: Sequence[int] = (),
+    ) -> list[int]:
         """Places in request_ids to draft for; `reason` says why others are not, if any.
 
-        kinds  of the requests, where something is known of them: those of one kind are expected to fare alike
+        kinds          of the requests, where something is known of them: those of one kind are expected to fare alike
+        num_generated  tokens of each: texts of about one length are, too
         """
         self._now += 1
-        if not self.is_drafting and self._rests(request_ids, load, kinds):
-            self.reason = "cost"
+        self.reason = "cost"
+        # Where drafts do not pay, most steps are about the same requests as the one before: nothing is looked up for them.
+        if not self.is_drafting and request_ids == self._resting and len(request_ids) > _SINGLE and self._still_rests():
             return []
-        self._kinds = dict(zip(request_ids, kinds, strict=False))
+        stages = [Stage.of(kind, n) for _, kind, n in zip_longest(request_ids, kinds, num_generated, fillvalue=0)]
+        if not self.is_drafting and self._rests(request_ids, load, stages):
+            return []
+        self._stages = dict(zip(request_ids, stages, strict=False))
         rows = self._rows(request_ids, load)
         self._asked = frozenset(request_ids[b] for b in rows)
         return rows
 
-    def _rests(self, request_ids: Sequence[int], load: Load, kinds: Sequence[Hashable]) -> bool:
-        """Whether what was decided for such requests, not to draft for them, still holds: so it does in most steps where
-        drafts do not pay, and most are about the same requests as the one before.
-        """
+    def _rests(self, request_ids: Sequence[int], load: Load, stages: Sequence[Stage]) -> bool:
+        """Whether what was decided for such requests, not to draft for them, still holds."""
         if self._now == self._last_probe + 1:
             return False
-        if request_ids != self._resting:
-            refusal = self._refused.get(self._mix(request_ids, load, kinds))
-            if refusal is None or (refusal.tries_new and self._new_among(request_ids)):
+        if request_ids != self._resting or (len(stages) <= _SINGLE and stages != self._resting_at):
+            refusal = self._refused.get(self._mix(request_ids, load, stages))
+            if refusal is None or (refusal.tries_new and self._new_among(request_ids, stages)):
                 return False
-            self._resting, self._rests_until = request_ids, self._end_of(refusal)
-        return self._now < self._rests_until
+            self._resting, self._resting_at, self._rests_until = request_ids, stages, self._end_of(refusal)
+        return self._still_rests()
+
+    def _still_rests(self) -> bool:
+        return self._now != self._last_probe + 1 and self._now < self._rests_until
 
     def _end_of(self, refusal: _Refusal) -> float:
         """The step before which nobody is drafted for: then comes a probe, or it is decided anew."""
@@ -163,17 +176,17 @@ class Guard:
             self.reason = "measuring a plain step"
             return []
         if not self.is_drafting and self._now == self._last_probe + 1:  # decide again with what the probe shows
-            self.reason = "cost"
-            self._forget_refusals()
+            self.reason, self._resting = "cost", ()
+            self._refused.pop(self._mix(request_ids, load, self._stages.values()), None)
             return self._probes(request_ids, everyone)
         is_held = not self.is_drafting and self._now < self._decided_at + _HOLDS
         if is_held and _about(len(request_ids)) < _about(load.num_requests):
             # While others read their prompts, drafts for so few may pay; but the others decode in the next step.
             self.reason = "cost"
             return []
-        mix = None if self.is_drafting else self._mix(request_ids, load, self._kinds.values())
+        mix = None if self.is_drafting else self._mix(request_ids, load, self._stages.values())
         if self._is_due(request_ids, load, mix):
-            mix = mix or self._mix(request_ids, load, self._kinds.values())
+            mix = mix or self._mix(request_ids, load, self._stages.values())
             self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
             return self._rest(request_ids, mix)
@@ -185,12 +198,15 @@ class Guard:
             rows += self._probes(request_ids, [b for b in everyone if b not in set(rows)])
         return sorted(rows)
 
-    def _mix(self, request_ids: Sequence[int], load: Load, kinds: Iterable[Hashable]) -> Hashable:
+    def _mix(self, request_ids: Sequence[int], load: Load, stages: Iterable[Stage]) -> Hashable:
         """What a refusal is true of: every mix that is told from others is one more chance to be wrong about."""
+        if len(request_ids) <= _SINGLE:  # texts differ, each is known by its own drafts
+            known: Hashable = tuple(i if i in self.fares else None for i in request_ids)
+            return frozenset(stages), known, _to_read(load)
         are_known = 2 * self.fares.num_known(request_ids) >= len(request_ids)
         return (
             _about(load.num_requests),
-            frozenset(kinds),
+            frozenset(stage.kind for stage in stages),
             None if are_known else _to_read(load),
         )
 
@@ -198,12 +214,13 @@ class Guard:
         if self._decided_for != _about(load.num_requests):
             self._num_clear = 0
         self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
-        self._decided_kinds, self._decided_to_read = set(self._kinds.values()), _to_read(load)
+        self._decided_stages, self._decided_to_read = {*self._stages.values()}, _to_read(load)
         self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if self.is_drafting:
             self._forget_refusals()
             return
-        tries_new = self._may_be_easy(len(request_ids))
+        # Where they would pay but for what is to be read first, there is nothing to find out.
+        tries_new = self._advantage < self.settings.start_above and self._may_be_easy(len(request_ids))
         self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new)
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
@@ -215,28 +232,32 @@ class Guard:
         self._probe_spacing, self._probes_all = refusal.spacing, refusal.probes_all
         rows = self._probes(request_ids, list(range(len(request_ids))))
         if not rows and refusal.tries_new:
-            rows = self._new_among(request_ids)
+            rows = self._new_among(request_ids, [*self._stages.values()])
             if rows:
                 self._last_probe, self._probed = self._now, {request_ids[b] for b in rows}
-            self._tried = {*request_ids}
-        self._resting, self._rests_until = () if rows else request_ids, self._end_of(refusal)
+            self._tried = {*self._stages.items()}
+        self._resting, self._resting_at = () if rows else request_ids, [*self._stages.values()]
+        self._rests_until = self._end_of(refusal)
         return rows
 
-    def _new_among(self, request_ids: Sequence[int]) -> list[int]:
-        """Places of requests that were never drafted for, if they are half of all or more, and all are few: what single
-        texts are like says little of many.
+    def _new_among(self, request_ids: Sequence[int], stages: Sequence[Stage]) -> list[int]:
+        """Places of requests that were never drafted for at these stages, if they are half of all or more, and all are few:
+        what single texts are like says little of many.
         """
         if len(request_ids) > _SINGLE:
             return []
-        new = [b for b, i in enumerate(request_ids) if i not in self.fares and i not in self._tried]
+        both = enumerate(zip(request_ids, stages, strict=True))
+        new = [b for b, each in both if each not in self._tried and not self.fares.knows(*each)]
         return new if 2 * len(new) >= len(request_ids) else []
 
     def _may_be_easy(self, num_requests: int) -> bool:
         """Whether drafting a little for texts of which nothing is known is believed to pay, by how unlike others have been."""
-        advantage = self._advantage * (1 + (self.fares.ease([*self._kinds.values()]) - 1) / math.sqrt(num_requests))
+        ease, spread = self.fares.ease([*self._stages.values()]), 1 / math.sqrt(num_requests)
+        advantages = [self._advantage * (1 + (times - 1) * spread) for times in ease]
+        gain = sum(max(advantage - 1, 0.0) for advantage in advantages) / len(ease)
+        loss = sum(max(1 - advantage, 0.0) for advantage in advantages) / len(ease)
         length = min(self.reading_up.tokens_per_prompt, _LONGEST_LOOKED_FOR)
-        gain = length * float(np.maximum(advantage - 1, 0).mean())
-        return gain > _LOOK * self._length * float(np.maximum(1 - advantage, 0).mean()) + _UNREST
+        return length * gain > _LOOK * self._length * loss + _UNREST
 
     def _forget_refusals(self) -> None:
         self._refused.clear()
@@ -244,7 +265,8 @@ class Guard:
 
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
-        self._waiting.append(_Seen(self._now, record, self._asked, self._kinds))
+        hoped = self._hoped * len(self._asked) if self.is_drafting else 0.0
+        self._waiting.append(_Seen(self._now, record, self._asked, self._stages, hoped))
         self._num_judged += len(self._asked)
         self._num_told += bool(self._asked) and any(record.drafted)
         if not self._asked and record.request_ids and not record.num_prompt_tokens:
@@ -263,23 +285,26 @@ class Guard:
                 self.side_by_side.skip()
             self.reading_up.observe(seen.record, self.capacity)
             if seen.asked:
-                self.fares.learn(*seen)
+                self.fares.learn(seen.now, seen.record, seen.asked, seen.stages)
+            if seen.hoped:
+                self.fares.compare(seen.now, len(seen.record.request_ids), sum(seen.record.accepted), seen.hoped)
         self._waiting.clear()
 
     def _needs_plain_step(self, load: Load) -> bool:
-        """Two at a time: the first one after drafts finds nothing it needs in the processor's caches."""
+        """Many at a time: the first ones after drafts find little of what they need in the processor's caches."""
         if load.num_prompt_tokens:
             return False
-        if self._now == self._measured + 1:
+        if self._now < self._plain_until:
             return True
+        num_plain = num_unsettled(load.num_requests) + _TIMED
         enough = _FEW if self._advantage > _BEYOND_DOUBT else _ENOUGH
-        if self.side_by_side.num_pairs(load.num_requests, self._num_chosen) < enough:
+        if self.side_by_side.num_pairs(load.num_requests) < enough:
             spacing: float = _SOON
         else:
-            lost = 2 * (self._advantage - 1) / self._length  # of a drafted step's seconds, by two plain ones
+            lost = num_plain * (self._advantage - 1) / self._length  # of a drafted step's seconds, by plain ones
             spacing = max(lost / self.settings.probe_share, _SOONEST)
         if self._now - self._last_plain > spacing:
-            self._measured = self._now
+            self._plain_until = self._now + num_plain
             return True
         return False
 
@@ -293,93 +318,108 @@ class Guard:
             return True
         if self._now - self._decided_at >= _SELDOM_FOUND * self._decide_after:
             return True
-        if (
-            self._num_clear >= _CLEAR
-            and _to_read(load) <= self._decided_to_read
-            and self._decided_kinds.issuperset(self._kinds.values())
-        ):
+        stages = self._stages.values()
+        is_like = self._clear_stages.issuperset(stages) and _to_read(load) <= self._decided_to_read
+        if self._num_clear >= _CLEAR and is_like:
             return False  # of a new one nothing is known but that others like it fare well
+        if len(request_ids) <= _SINGLE and not self._decided_stages.issuperset(stages):
+            return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
         self._learn_waiting()
-        kinds = [self._kinds.get(i) for i in request_ids]
-        self._decided_at, self._share = self._now, self.fares.share_found(kinds)
-        samples = self.fares.samples(self._now, request_ids, kinds)
-        promising = np.argsort(-samples.sum((0, 2)), kind="stable")
-        num_decoding = len(request_ids)
-        costs = seconds_of_step(self.capacity, load, samples[0].size)
-        plain = num_decoding / float(costs[0])
-        reading = self._seconds_of_reading(request_ids, load)
+        stages = [self._stages.get(i, _UNTOLD) for i in request_ids]
+        self._decided_at = self._now
+        prospects = self._prospects(request_ids, load, stages)
+        plain = prospects.plain_rate
+        reading = self._seconds_of_reading(request_ids)
+        num_decoding = size = len(request_ids)
+        came_true = self.fares.came_true(self._now, num_decoding) if num_decoding <= _SINGLE else 1.0
         best, best_rate = 0, 0.0
-        size = num_decoding
         while size:
-            tokens, seconds = self._expected(samples[:, promising[:size]], num_decoding, load, costs)
-            seconds += tokens * float(reading[promising[:size]].sum()) / num_decoding
-            if tokens / seconds > best_rate * (1.02 if best else 1.0):  # leaving someone out must be worth it
+            promising = prospects.promising[:size]
+            tokens, seconds = prospects.of(promising)
+            hoped = tokens - num_decoding
+            tokens = num_decoding + came_true * hoped
+            seconds += tokens * sum(reading[b] for b in promising) / num_decoding
+            if tokens / seconds > best_rate * (_WORTH_IT if best else 1.0):
                 best, best_rate, self._length = size, tokens / seconds, seconds * plain / num_decoding
+                self._hoped = hoped / size
             if self.capacity.draft_seconds(size, load.context_tokens) < _CHEAP * seconds:
                 break  # what would be spared by leaving someone out? What is verified of their drafts others decide
             size //= 2
         was_drafting, self._advantage = self.is_drafting, best_rate / plain
-        margin = 0.0 if was_drafting else self.settings.start_above - 1
-        # Of few requests drafted for, little is to be expected.
-        self.is_drafting = self._advantage >= 1 + margin * best / num_decoding
+        if num_decoding > _SINGLE:  # of few requests drafted for, little is to be expected
+            margin = 0.0 if was_drafting else (self.settings.start_above - 1) * best / num_decoding
+            self.is_drafting = self._advantage >= 1 + margin
+        if num_decoding <= _SINGLE or self.is_drafting:
+            unread = sum(i not in self.fares for i in request_ids)
+            reading = (
+                self.reading_up.seconds(unread * load.context_tokens / load.num_requests, min(1, unread))
+                * plain
+                / num_decoding
+            )
+            self.is_drafting = self._is_worth_it(stages, was_drafting, reading)
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
-        self._num_clear = self._num_clear + 1 if self._advantage > _CLEARLY else 0
+        self._num_clear = self._num_clear + 1 if self.is_drafting and self._advantage > _CLEARLY else 0
+        self._clear_stages = self._clear_stages.union(stages) if self._num_clear else set()
         if self.is_drafting and not was_drafting:  # a probe may have been luck: a few drafts will tell
             every, self._num_clear = max(2, _FEW_TELLING // num_decoding), 0
         self._num_told, self._decide_after = 0, every
-        self._num_chosen = best
-        self._chosen = None if best == num_decoding else {request_ids[b] for b in promising[:best]}
-        left_out = promising[best if self.is_drafting else 0 :]
-        if len(left_out):
+        self._chosen = None if best == num_decoding else {request_ids[b] for b in prospects.promising[:best]}
+        left_out = prospects.promising[best if self.is_drafting else 0 :]
+        if left_out:
             few = left_out[: _num_probed(len(left_out))]
-            whole, some = (self._loss(samples[:, rows], num_decoding, load, costs) for rows in (left_out, few))
+            whole, some = (self._loss(prospects, rows, load) for rows in (left_out, few))
             # Where drafts nearly pay, to draft for all loses little, and tells more.
             self._probes_all = whole < 2 * some
             allowed = self.settings.probe_share * num_decoding / plain  # seconds to lose in each step
             self._probe_spacing = 2 * min(whole, 2 * some) / allowed
 
-    def _seconds_of_reading(self, request_ids: Sequence[int], load: Load) -> Floats:
-        """[B]  of the drafter for each token committed: what lies before a request that was not drafted for yet, and for the
-        others, which have been read, the prompts that are to come.
-        """
-        to_come, tokens = self.reading_up.seconds_per_token, self.reading_up.tokens_per_prompt
-        ahead = self.reading_up.seconds(load.context_tokens / load.num_requests) / tokens
-        return np.array([to_come if i in self.fares else ahead for i in request_ids])
+    def _prospects(self, request_ids: Sequence[int], load: Load, stages: Sequence[Stage]) -> Prospects:
+        samples = self.fares.samples(self._now, request_ids, stages)
+        share = self.fares.share_found(stages)
+        weights = _recency(len(samples), self.settings.half_life)
+        return Prospects(self.capacity, self.side_by_side, load, samples, weights, share)
 
-    def _loss(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> float:
-        """Seconds lost by drafting for these requests [n, b, K] only to learn."""
-        tokens, seconds = self._expected(samples, num_decoding, load, costs)
-        plain = float(costs[0]) / num_decoding
-        piled_up = self.reading_up.seconds(load.context_tokens * samples.shape[1] / num_decoding)
+    def _is_worth_it(self, stages: Sequence[Stage], was_drafting: bool, reading: float) -> bool:
+        """Whether to draft from here on. To begin or to end is a disturbance, texts that were not drafted for yet must be
+        read first (in plain steps), and what that gains lasts only until they have grown: their beginnings may pay where
+        what follows does not.
+        """
+        if self._advantage < 1:
+            return was_drafting and self._steps_saved(stages, by_drafting=False) <= _UNREST
+        saved = self._steps_saved(stages, by_drafting=True) - reading
+        return saved >= 0 if was_drafting else self._advantage >= self.settings.start_above and saved > _UNREST
+
+    def _steps_saved(self, stages: Sequence[Stage], by_drafting: bool) -> float:
+        """Plain steps, until the texts have an age at which the other way is better."""
+        saved = 0.0
+        for stage in stages:
+            ends = max(self.reading_up.tokens_per_prompt, 2 * stage.begins)
+            here = 1 + self.fares.expected(stage)
+            while stage.begins < ends:
+                advantage = self._advantage * (1 + self.fares.expected(stage)) / here
+                gain = 1 - 1 / advantage if by_drafting else 1 / advantage - 1
+                if gain <= 0:
+                    break
+                saved += gain * (min(stage.older.begins, ends) - stage.begins) / len(stages)
+                stage = stage.older
+        return saved
+
+    def _seconds_of_reading(self, request_ids: Sequence[int]) -> list[float]:
+        """[B]  of the drafter for each token committed: for requests that were drafted for, the prompts that are to come; what
+        lies before the others is read once.
+        """
+        return [self.reading_up.seconds_per_token if i in self.fares else 0.0 for i in request_ids]
+
+    def _loss(self, prospects: Prospects, rows: Sequence[int], load: Load) -> float:
+        """Seconds lost by drafting for these requests only to learn."""
+        tokens, seconds = prospects.of(rows)
+        piled_up = self.reading_up.seconds(load.context_tokens * len(rows) / load.num_requests)
         # Even a probe that pays costs something: it disturbs what was found to be best. It is two steps that read once.
-        return max(seconds - tokens * plain, 0.02 * seconds) + piled_up / 2
-
-    def _expected(self, samples: Floats, num_decoding: int, load: Load, costs: Floats) -> tuple[float, float]:
-        """Tokens and seconds of a step that drafts for these requests [n, b, K] and verifies the best of it.
-
-        costs [b * K + 1 or more]  seconds of verifying 0, 1, … draft tokens, without drafting
-        """
-        num, num_asked = samples.shape[:2]
-        drafting = self.capacity.draft_seconds(num_asked, round(load.context_tokens * num_asked / num_decoding))
-        tokens = np.empty((num, samples[0].size + 1))
-        tokens[:, 0] = 0.0
-        np.cumsum(-np.sort(-samples.reshape(num, -1), axis=1), 1, out=tokens[:, 1:])
-        tokens += num_decoding
-        seconds = costs[: tokens.shape[1]] + drafting
-        best = (tokens / seconds).argmax(1)
-        excess = self.side_by_side.excess(self.capacity, load, num_asked)
-        found, in_vain = self._share, 1 - self._share
-        expected = found * self._recent_mean(tokens[np.arange(num), best]) + in_vain * num_decoding
-        return expected, excess * (found * self._recent_mean(seconds[best]) + in_vain * float(seconds[0]))
-
-    def _recent_mean(self, values: Floats) -> float:
-        """Of values [n], newest first."""
-        weights = _recency(len(values), self.settings.half_life)
-        return float(weights @ values)
+        return max(seconds - tokens / prospects.plain_rate, 0.02 * seconds) + piled_up / 2
 
     def _probes(self, request_ids: Sequence[int], left_out: Sequence[int]) -> list[int]:
         """Rarely, some of those left out: those not drafted for the longest, as often as what it loses allows."""
@@ -397,10 +437,10 @@ class Guard:
 
 
 @lru_cache(maxsize=64)
-def _recency(num: int, half_life: float) -> Floats:
-    """Weights [num] of drafts, newest first."""
-    weights = 0.5 ** (np.arange(num) / half_life)
-    return weights / weights.sum()
+def _recency(num: int, half_life: float) -> list[float]:
+    """Weights (num) of drafts, newest first."""
+    weights = [0.5 ** (n / half_life) for n in range(num)]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _without_prompts(load: Load) -> Load:

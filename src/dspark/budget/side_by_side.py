@@ -21,6 +21,8 @@ from dspark.types import Load, StepRecord
 
 _NEIGHBOURS = 12  # steps that a pair may lie apart
 _LONGEST_RUN = 5  # steps that stand for a run of their kind, by their median
+_UNSETTLED = 5  # plain steps of one request after drafts, until they find in the processor's caches what they need
+_AFTER_PROMPTS = 2  # of these, a prompt that was read spares the next step so many
 _MOST_PAIRS = 12
 _MOST_UNREAD = 16  # positions per request
 _ABSURD = math.log(30)  # a clock that jumped, or a machine that slept
@@ -63,10 +65,11 @@ class SideBySide:
         self._pairs: dict[_Kind, deque[_Pair]] = {}
         self._columns: dict[_Kind, _Columns] = {}  # the same for who asks
         self._kind: _Kind | None = None  # of the last steps
-        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for one right after another kind
+        self._run: deque[_Step] = deque(maxlen=_LONGEST_RUN)  # but for the first ones after the other kind
         self._before: tuple[_Kind | None, deque[_Step]] = (None, deque())  # the run of another kind before this one
-        self._is_first = True  # the next step is the first of the run
-        self._last = -1  # when the last step was taken in
+        self._is_compared = False  # with the one before it
+        self._is_plain: bool | None = None  # the last steps, whatever their number of requests
+        self._place = _AFTER_PROMPTS  # of the last step among these
         self._now = 0
 
     def observe(self, record: StepRecord) -> None:
@@ -75,30 +78,34 @@ class SideBySide:
         load, seconds, n = record.load, sum(record.seconds.values()), len(record.request_ids)
         # After a while without drafts there is much to read, once: that says nothing of the steps to come.
         is_usual = record.num_unread <= _MOST_UNREAD * record.num_asked
-        if load is None or load.num_prompt_tokens or not n or not seconds > 0 or not is_usual:
+        if load is not None and load.num_prompt_tokens:
+            self._place, self._is_plain = _AFTER_PROMPTS, None  # whatever comes next, it finds the target in the caches
+        if load is None or load.num_prompt_tokens or not n or not seconds > 0:
             return
-        kind, step = _kind(n, record.num_asked), _Step(self._now, record.num_tokens, record.num_asked, seconds)
-        is_next, self._last = self._now == self._last + 1, self._now
+        is_plain = not record.num_asked
+        self._place = self._place + 1 if self._is_plain in (is_plain, None) else 0
+        self._is_plain = is_plain
+        if not is_usual:
+            return
+        kind = _kind(n, record.num_asked)
         if kind != self._kind:
-            self._kind, self._before, self._run = kind, (self._kind, self._run), deque(maxlen=_LONGEST_RUN)
-            self._is_first = True
-            if is_next:
-                return  # right after another kind a step finds nothing it needs in the caches
-        if self._is_first:
-            self._is_first = False
-            other, steps = self._before
-            if other is not None and steps and self._now - steps[-1].now <= _NEIGHBOURS:
-                self._compare(other, list(steps), kind, [step])
-        self._run.append(step)
+            self._compare_runs()
+            self._before = self._kind, self._run
+            self._kind, self._run, self._is_compared = kind, deque(maxlen=_LONGEST_RUN), False
+        if self._place >= (num_unsettled(n) if is_plain else 1):
+            self._run.append(_Step(self._now, record.num_tokens, record.num_asked, seconds))
+            if len(self._run) == _LONGEST_RUN:
+                self._compare_runs()
 
     def skip(self) -> None:
         """A step like the one before it, which says no more."""
         self._now += 1
-        self._last = self._now
+        self._place += 1
 
-    def num_pairs(self, num_requests: int, num_asked: int) -> int:
-        """How many are remembered of about so many requests, of which about so many were drafted for."""
-        return len(self._pairs.get(_kind(num_requests, num_asked), ()))
+    def num_pairs(self, num_requests: int) -> int:
+        """How many are remembered of about so many requests."""
+        about = _kind(num_requests, 0).requests
+        return sum(len(pairs) for kind, pairs in self._pairs.items() if kind.requests == about)
 
     def excess(self, capacity: Capacity, load: Load, num_asked: int) -> float:
         """How many times dearer, beside plain ones, steps with so many drafts are than `capacity` has it; 1: not known.
@@ -125,6 +132,15 @@ class SideBySide:
         middle = errors[cut : num - cut]
         return math.exp(sum(middle) / len(middle) * num / (num + _PRIOR * (1 + distance)))
 
+    def _compare_runs(self) -> None:
+        """The last steps, once there are enough of them or no more, with those of the kind before."""
+        before, steps = self._before
+        if self._is_compared or not self._run or not steps or before is None or self._kind is None:
+            return
+        self._is_compared = True
+        if self._run[0].now - steps[-1].now <= _NEIGHBOURS:
+            self._compare(before, list(steps), self._kind, list(self._run))
+
     def _compare(self, kind: _Kind, steps: list[_Step], other: _Kind, others: list[_Step]) -> None:
         if kind.requests != other.requests or (kind.halvings is None) == (other.halvings is None):
             return
@@ -139,6 +155,11 @@ class SideBySide:
 
 
 @lru_cache(maxsize=1024)
+def num_unsettled(num_requests: int) -> int:
+    """Plain steps after drafts that take longer than those to come: of many requests a step has more of its own to fetch."""
+    return max(1, round(_UNSETTLED / math.sqrt(num_requests)))
+
+
 def _kind(num_requests: int, num_asked: int) -> _Kind:
     halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
     return _Kind(round(2 * math.log2(num_requests)), halvings)

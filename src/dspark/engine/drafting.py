@@ -72,7 +72,8 @@ class Drafting:
         if could != self._could:  # mostly they are the same
             self._could, self._ids, self._kinds = could, [r.id for r in could], [r.kind for r in could]
             self._num_spared = 0
-        chosen = guard.choose(self._ids, record.load, self._kinds)
+        num_generated = [len(r.tokens) - r.num_prompt_tokens for r in could]
+        chosen = guard.choose(self._ids, record.load, self._kinds, num_generated)
         if len(chosen) < len(rows):
             record.num_skipped, record.skip_reason = len(rows) - len(chosen), guard.reason
             self._num_spared -= 1
