@@ -350,17 +350,13 @@ class Guard:
                 break  # what would be spared by leaving someone out? What is verified of their drafts others decide
             size //= 2
         was_drafting, self._advantage = self.is_drafting, best_rate / plain
-        if num_decoding > _SINGLE:  # of few requests drafted for, little is to be expected
-            margin = 0.0 if was_drafting else (self.settings.start_above - 1) * best / num_decoding
-            self.is_drafting = self._advantage >= 1 + margin
+        # Of few requests drafted for, little is to be expected.
+        least = 1.0 if was_drafting else 1 + (self.settings.start_above - 1) * best / num_decoding
+        self.is_drafting = self._advantage >= least
         if num_decoding <= _SINGLE or self.is_drafting:
             unread = sum(i not in self.fares for i in request_ids)
-            reading = (
-                self.reading_up.seconds(unread * load.context_tokens / load.num_requests, min(1, unread))
-                * plain
-                / num_decoding
-            )
-            self.is_drafting = self._is_worth_it(stages, was_drafting, reading)
+            ahead = self.reading_up.seconds(unread * load.context_tokens / load.num_requests, min(1, unread))
+            self.is_drafting = self._is_worth_it(stages, was_drafting, least, ahead * plain / num_decoding)
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
         self._num_clear = self._num_clear + 1 if self.is_drafting and self._advantage > _CLEARLY else 0
         self._clear_stages = self._clear_stages.union(stages) if self._num_clear else set()
@@ -383,7 +379,7 @@ class Guard:
         weights = _recency(len(samples), self.settings.half_life)
         return Prospects(self.capacity, self.side_by_side, load, samples, weights, share)
 
-    def _is_worth_it(self, stages: Sequence[Stage], was_drafting: bool, reading: float) -> bool:
+    def _is_worth_it(self, stages: Sequence[Stage], was_drafting: bool, least: float, reading: float) -> bool:
         """Whether to draft from here on. To begin or to end is a disturbance, texts that were not drafted for yet must be
         read first (in plain steps), and what that gains lasts only until they have grown: their beginnings may pay where
         what follows does not.
@@ -391,7 +387,7 @@ class Guard:
         if self._advantage < 1:
             return was_drafting and self._steps_saved(stages, by_drafting=False) <= _UNREST
         saved = self._steps_saved(stages, by_drafting=True) - reading
-        return saved >= 0 if was_drafting else self._advantage >= self.settings.start_above and saved > _UNREST
+        return saved >= 0 if was_drafting else self._advantage >= least and saved > _UNREST
 
     def _steps_saved(self, stages: Sequence[Stage], by_drafting: bool) -> float:
         """Plain steps, until the texts have an age at which the other way is better."""
