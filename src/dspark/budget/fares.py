@@ -1,8 +1,7 @@
 """How drafts have fared, by request, by kind of request and by how long its text has become: what the guard goes by.
 
-Texts begin alike: of the embedded pair's drafts for the first tokens of an answer 3 to 4 are accepted, of those after 32
-tokens little more than 1, and more again where a greedy text repeats itself. An average over a text would promise
-too much for most of it.
+Texts begin alike: the first tokens of an answer are the easiest to guess, those that follow are not, and a greedy text
+that begins to repeat itself is easy again. An average over a text would promise too much for most of it.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Guard:
         self._probes_all = True
         self._probed: set[int] = set()
         self._tried: set[tuple[int, Stage]] = set()
-        self._refused: dict[Hashable, _Refusal] = {}  # since the last probe, by what is known of requests
+        self._refused: dict[Hashable, _Refusal] = {}  # by what is known of requests
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
         self._resting_at: Sequence[Stage] = ()  # and their stages
         self._rests_until = 0.0  # before this step
@@ -309,7 +309,7 @@ class Guard:
         return False
 
     def _is_due(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> bool:
-        """A decision costs about as much as a tenth of a small step; few drafts, and none, tell little."""
+        """A decision takes a good part of a small step; few drafts, and none, tell little."""
         if not self.is_drafting:
             # Right before a probe: by now there may be more to read than when it was decided.
             refusal = self._refused.get(mix)

@@ -154,12 +154,12 @@ class SideBySide:
         self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked))
 
 
-@lru_cache(maxsize=1024)
 def num_unsettled(num_requests: int) -> int:
     """Plain steps after drafts that take longer than those to come: of many requests a step has more of its own to fetch."""
     return max(1, round(_UNSETTLED / math.sqrt(num_requests)))
 
 
+@lru_cache(maxsize=1024)
 def _kind(num_requests: int, num_asked: int) -> _Kind:
     halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
     return _Kind(round(2 * math.log2(num_requests)), halvings)
