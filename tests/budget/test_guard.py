@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.fares import Fares, Stage
-from dspark.budget.guard import Guard
+from dspark.budget.guard import Guard, GuardSettings
 from dspark.budget.throughput import Optimal
 from dspark.types import Draft, Load, StepRecord
 
@@ -223,7 +224,7 @@ def test_decisions_wait_for_drafts_where_few_are_found():
     guard._num_judged, guard._decide_after, guard._decided_for = 24, 16, 0
     guard._decide = lambda ids, load: decided.append(guard._now)
     guard._needs_plain_step = lambda load: False
-    guard._decided_about, guard._decided_stages = {0}, {Stage(0)}
+    guard._decided_about, guard._paying_stages = {0}, {Stage(0)}
     for _ in range(64):
         guard.choose([0], Load(1, 1, 100))
         guard.observe(StepRecord([0], [0], [0], [0], num_asked=1))
@@ -450,6 +451,8 @@ def one_after_the_other(
     is_guarded: bool = True,
     finds: float = 1.0,
     prompts: Sequence[int] = (100,),
+    seconds_of_deciding: float = 0.0,
+    settings: GuardSettings | None = None,
 ) -> float:
     """Tokens per plain step's seconds. Each text is a request of 100 tokens with an acceptance, which may be a
     function of how many of them there are, and a kind of its own.
@@ -457,7 +460,7 @@ def one_after_the_other(
     finds    share of the drafts that have anything in them
     prompts  tokens of prompts that texts come behind, in turn
     """
-    guard, scheduler, random = Guard(machine), Optimal(machine), np.random.default_rng(seed)
+    guard, scheduler, random = Guard(machine, settings), Optimal(machine), np.random.default_rng(seed)
     tokens = seconds = 0.0
     for request_id, (easiness, kind) in enumerate(texts):
         begin, end, unread = tokens, tokens + 100, prompts[request_id % len(prompts)]
@@ -470,6 +473,7 @@ def one_after_the_other(
             acceptance = easiness(num_generated) if callable(easiness) else easiness
             asked = guard.choose([request_id], load, [kind], [num_generated]) if is_guarded else [0]
             drafting = machine.draft_seconds(len(asked), 100)
+            drafting += seconds_of_deciding * (guard._decided_at == guard._now)
             record = StepRecord([request_id], [0], [0], [0], load=replace(load, draft_seconds=drafting), num_tokens=1)
             if asked:
                 record.num_asked, record.num_unread = 1, unread
@@ -487,6 +491,16 @@ def one_after_the_other(
             guard.observe(record)
             tokens, seconds = tokens + 1 + record.accepted[0], seconds + drafting + target
     return tokens / seconds * float(machine.seconds(1, 1, 0))
+
+
+def test_deciding_to_stay_off_takes_a_small_share_of_the_time():
+    """A decision takes as long as four plain steps here, and every text is another question."""
+    machine, texts = Machine(per_token=0.3, per_draft=2.0), [(0.3, kind) for kind in range(40)]
+    bounded, unbounded = (
+        one_after_the_other(texts, machine, 0, seconds_of_deciding=5.2, settings=GuardSettings(decide_share=share))
+        for share in (0.005, math.inf)
+    )
+    assert bounded > 0.97 and bounded > 1.02 * unbounded
 
 
 def test_one_hard_text_does_not_condemn_those_after_it():

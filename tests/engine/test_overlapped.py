@@ -229,7 +229,7 @@ def test_two_engines_of_one_target_take_turns(small: Target, monkeypatch: pytest
 def test_what_cannot_go_ahead_is_refused(target: Target, tiny: Target) -> None:
     with pytest.raises(InvalidConfiguration, match="NGramDrafter with FixedLength"):
         Engine(target, NGramDrafter(), "fixed:3", overlap=True)
-    with pytest.raises(InvalidConfiguration, match="BlockDrafter with Optimal"):
+    with pytest.raises(InvalidConfiguration, match="BlockDrafter with Sparing"):
         Engine(tiny, load_drafter("dspark", tiny), overlap=True)
     with pytest.raises(InvalidConfiguration, match="needs rule='coupled'"):
         Engine(target, rule="rejection", overlap=True)

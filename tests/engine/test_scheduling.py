@@ -66,9 +66,27 @@ def test_schedulers_that_look_ahead_are_refused_under_the_rejection_rule(target,
         Engine(target, scheduler=name, rule="rejection")
 
 
+def test_texts_are_the_same_where_choices_are_spared(target, texts):
+    """And of the steps in between nothing is believed, nor learned of what was believed."""
+    engine = Engine(target, Sure(texts, length=3), "auto", max_num_seqs=3, capacity=Known())
+    sparing = engine.choosing.scheduler
+    sparing._beside, sparing._spacing = [0.2, 0.5, 1.0, 0.9], 4  # as where choosing takes long
+    engine.learners.remove(sparing)
+    requests = [engine.submit(p, SamplingParams(temperature=1, seed=4, max_tokens=40)) for p in PROMPTS]
+    records = []
+    while any(r.finish_reason is None for r in requests):
+        records.append(engine.step())
+    assert [r.tokens for r in requests] == texts
+    drafted = [r for r in records if any(r.drafted)]
+    spared = [r for r in drafted if r.survival is None]
+    assert len(spared) > len(drafted) / 2
+    assert sum(sum(r.accepted) for r in spared) > 10
+    assert engine.beliefs.summary()["classes"]["everyone"]["rounds"] < sum(len(r.drafted) for r in drafted) / 2
+
+
 def test_auto_is_the_best_that_the_rule_allows(target):
-    assert type(Engine(target, scheduler="auto").choosing.scheduler).__name__ == "Optimal"
-    assert type(Engine(target, scheduler="auto", rule="rejection").choosing.scheduler).__name__ == "Lagged"
+    assert type(Engine(target, scheduler="auto").choosing.scheduler.scheduler).__name__ == "Optimal"
+    assert type(Engine(target, scheduler="auto", rule="rejection").choosing.scheduler.scheduler).__name__ == "Lagged"
 
 
 def test_records_tell_what_was_believed_and_what_came_of_it(target, texts):

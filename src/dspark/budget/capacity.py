@@ -25,10 +25,8 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _MOST_UNREAD = 16  # positions per request; a draft that has more to read, such as a prompt, is not a usual one
 _TOGETHER = 8  # steps that are learned from at a time: between two the processor's caches forget how it is done
-# Steps that wait to be learned from while nobody asks: who asks then waits for all of them, and older ones tell little
-# that these do not.
-_MOST_WAITING = 32
-_LITTLE = 64  # steps
+_RARELY = 32  # steps between times of learning where only some of them are asked about; older ones tell little then
+_LITTLE = 64  # steps, below which all are learned from
 Floats = NDArray[np.float64]
 Fingerprint = Mapping[str, str]
 
@@ -59,8 +57,9 @@ class Capacity:
     def __init__(self, fingerprint: Fingerprint | None = None) -> None:
         self.fingerprint = dict(fingerprint or {})
         self.decoding, self.reading, self.drafting = CostCurve(), CostCurve(), CostCurve()
-        self._waiting: deque[_Step] = deque(maxlen=_MOST_WAITING)
-        self._is_asked = False  # since it last learned
+        self._waiting: deque[_Step] = deque(maxlen=_RARELY)
+        self._is_asked = False  # since the last step
+        self._num_noted = self._num_asked = 0  # steps since it last learned, and those before which somebody asked
 
     @property
     def is_known(self) -> bool:
@@ -82,7 +81,7 @@ class Capacity:
         """Whoever asks is told what the steps before have shown, those of the time when nobody asked included."""
         if not self._is_asked:
             self._is_asked = True
-            if len(self._waiting) > _TOGETHER or self.decoding.num_observed < _LITTLE:
+            if self._num_noted >= _RARELY or self.decoding.num_observed < _LITTLE:
                 self.learn_waiting()
 
     def _curve(self, is_reading: bool) -> CostCurve:
@@ -108,12 +107,17 @@ class Capacity:
         reading = load.num_prompt_tokens > 0
         size = record.num_tokens, load.num_requests, load.context_tokens
         self._waiting.append(_Step(reading, *size, record.step_seconds, drafting))
-        if self._is_asked and (len(self._waiting) >= _TOGETHER or self.decoding.num_observed < _LITTLE):
-            self.learn_waiting()
-            self._is_asked = False
+        self._num_noted += 1
+        if self._is_asked:
+            self._is_asked, self._num_asked = False, self._num_asked + 1
+            if self._num_asked >= _TOGETHER or self.decoding.num_observed < _LITTLE:
+                self.learn_waiting()
 
     def learn_waiting(self) -> None:
-        """Take in the steps that have been noted."""
+        """Take in the last steps that have been noted."""
+        self._num_noted = self._num_asked = 0
+        while len(self._waiting) > _TOGETHER and self.decoding.num_observed >= _LITTLE:
+            self._waiting.popleft()
         while self._waiting:
             is_reading, tokens, requests, context, seconds, drafting = self._waiting.popleft()
             (self.reading if is_reading else self.decoding).observe(tokens, requests, context, seconds)

@@ -133,14 +133,16 @@ class Fares:
     def learn(self, now: int, record: StepRecord, asked: Set[int], stages: dict[int, Stage]) -> None:
         """Of a step: the requests that were drafted for (asked), and what was known of them."""
         nothing = [[0.0]] * len(record.request_ids)
-        survival: list[list[float]] = nothing if record.survival is None else record.survival.tolist()
+        survival: list[list[float]] | None = None if record.survival is None else record.survival.tolist()
         kept = nothing if record.kept is None else record.kept.tolist()
         for b, request_id in enumerate(record.request_ids):
             if request_id not in asked:
                 continue
             stage, has_found = stages.get(request_id, _UNTOLD), record.drafted[b] > 0
             _count(self._found, stage, has_found, 1, _FOUND_PRIOR)
-            if has_found:
+            if survival is None:  # nothing was believed of it
+                self._fare_of(request_id)
+            elif has_found:
                 self._remember(now, request_id, stage, survival[b])
                 _count(self._trust, stage, record.accepted[b], sum(compress(survival[b], kept[b])), _TRUST_PRIOR)
 
@@ -234,22 +236,25 @@ class Fares:
             own, others = own + weight * promise.tokens, others + weight * self._usual(at)
         return own / others if others else 1.0
 
-    def _remember(self, now: int, request_id: int, stage: Stage, row: Sequence[float]) -> None:
+    def _fare_of(self, request_id: int) -> _Fare:
+        """Of the request that was drafted for last."""
         if request_id not in self._by_request:
-            rows: deque[tuple[int, Sequence[float]]] = deque(maxlen=self._num_remembered)
-            self._by_request[request_id] = _Fare(rows)
-        fare, promised, self._now = self._by_request[request_id], sum(row), now
+            self._by_request[request_id] = _Fare(deque(maxlen=self._num_remembered))
+            if len(self._by_request) > _MOST_REQUESTS:
+                self._by_request.popitem(last=False)
+        self._by_request.move_to_end(request_id)
+        return self._by_request[request_id]
+
+    def _remember(self, now: int, request_id: int, stage: Stage, row: Sequence[float]) -> None:
+        fare, promised, self._now = self._fare_of(request_id), sum(row), now
         fare.add(now, row, stage, self._memory)
         share = min(1.0, _LONG_RUN / fare.by_stage[stage].num)  # or one long text would stand for all
         before, when = self._promises.get(stage, (_NOTHING, now))
-        before = before.faded(self._faded_since(when, now) ** 4)  # of what is new more is believed
+        before = before.faded(self._faded_since(when, now) ** 2)  # of what is new more is believed
         self._promises[stage] = before.and_one(promised, _USUAL_OF, share), now
         self._promise_of_all = self._promise_of_all.and_one(promised, _USUAL_OF, share)
         if len(self._promises) > _MOST_STAGES:
             del self._promises[next(iter(self._promises))]
-        self._by_request.move_to_end(request_id)
-        if len(self._by_request) > _MOST_REQUESTS:
-            self._by_request.popitem(last=False)
         self._lately.append((now, row))
 
 

@@ -8,10 +8,11 @@ open ("the draft is always paid for", section 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import islice, takewhile, zip_longest
 from typing import NamedTuple
 
 from dspark.budget.capacity import Capacity
@@ -35,6 +36,7 @@ class GuardSettings:
     reconsider_every  drafted steps between decisions while there are about as many requests, up to four times as many
                       where drafts have clearly paid for a while; there, requests that come and go do not matter either.
                       Off, it is decided once for each mix of requests and before each probe, which teaches something
+    decide_share      of all seconds about so much is spent at most on deciding, off, to stay off
     """
 
     min_observations: int = 24
@@ -44,6 +46,7 @@ class GuardSettings:
     half_life: float = 8.0
     memory: int = 200
     reconsider_every: int = 8
+    decide_share: float = 0.005
 
 
 # Steps that are learned from at a time: between two the processor's caches forget how it is done.
@@ -60,11 +63,13 @@ _SOON = 8  # steps between such runs until then
 _SOONEST = 60  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
+_SURELY = 1.06  # times as many tokens per second that drafts are expected to give later
 _CLEARLY = 1.15  # times as many tokens per second,
 _CLEAR = 2  # as often as this, one decision after the other
 _CHEAP = 0.06  # of a step
 _WORTH_IT = 1.08  # times as many tokens per second, by leaving requests out
 _LOOK = 6  # drafts until it is known that a text is no easier than others
+_TOOK = 5  # decisions whose seconds are remembered
 _UNREST = 2.0  # plain steps that it costs to begin drafting or to end it: caches, decisions
 _SINGLE = 2  # requests
 _LONGEST_LOOKED_FOR = 64  # tokens of a text to count on, which may have more
@@ -77,6 +82,7 @@ class _Refusal(NamedTuple):
     spacing: float  # steps between probes that what they are believed to lose allows
     probes_all: bool
     tries_new: bool  # texts that nobody has drafted for yet may be so much easier that a few drafts for them pay
+    ends: Mapping[Stage, int]  # tokens of a text at each stage, of few requests, from which on drafts may pay
 
 
 class _Seen(NamedTuple):
@@ -112,18 +118,22 @@ class Guard:
         self._tried: set[tuple[int, Stage]] = set()
         self._refused: dict[Hashable, _Refusal] = {}  # by what is known of requests
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
-        self._resting_at: Sequence[Stage] = ()  # and their stages
-        self._rests_until = 0.0  # before this step
+        self._rests_until = self._decides_from = 0.0  # before this step, and before this one it is too soon to decide
+        self._took: deque[float] = deque(maxlen=_TOOK)  # plain steps that decisions took
         self._chosen: set[int] | None = None  # None: all
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
         self._decided_stages: set[Stage] = set()
+        self._paying_stages: set[Stage] = (
+            set()
+        )  # of few requests: these, and older ones at which drafts are to pay as well
         self._clear_stages: set[Stage] = set()  # at which drafts clearly paid in all these decisions
         self._decided_to_read = 0
         self._decided_at = self._now = 0
         self._num_told, self._decide_after = 0, 0  # steps with drafts since then, and after how many to decide again
         self._last_plain = self._last_probe = 0
         self._plain_until = 0  # plain steps are taken before this one, to be timed
+        self._no_plain_until = 0.0  # and none up to this one: it is known what they take
 
     def choose(
         self,
@@ -140,29 +150,34 @@ class Guard:
         self._now += 1
         self.reason = "cost"
         # Where drafts do not pay, most steps are about the same requests as the one before: nothing is looked up for them.
-        if not self.is_drafting and request_ids == self._resting and len(request_ids) > _SINGLE and self._still_rests():
+        if self._now < self._rests_until and request_ids == self._resting:
             return []
         stages = [Stage.of(kind, n) for _, kind, n in zip_longest(request_ids, kinds, num_generated, fillvalue=0)]
-        if not self.is_drafting and self._rests(request_ids, load, stages):
+        if not self.is_drafting and self._rests(request_ids, load, stages, num_generated):
             return []
         self._stages = dict(zip(request_ids, stages, strict=False))
         rows = self._rows(request_ids, load)
         self._asked = frozenset(request_ids[b] for b in rows)
         return rows
 
-    def _rests(self, request_ids: Sequence[int], load: Load, stages: Sequence[Stage]) -> bool:
-        """Whether what was decided for such requests, not to draft for them, still holds."""
-        if self._now == self._last_probe + 1:
+    def _rests(
+        self, request_ids: Sequence[int], load: Load, stages: Sequence[Stage], num_generated: Sequence[int]
+    ) -> bool:
+        """Whether what was decided for such requests, not to draft for them, still holds, or it is too soon to decide."""
+        if self._now <= self._last_probe + 2:  # which has two steps, and is judged after them
             return False
-        if request_ids != self._resting or (len(stages) <= _SINGLE and stages != self._resting_at):
-            refusal = self._refused.get(self._mix(request_ids, load, stages))
-            if refusal is None or (refusal.tries_new and self._new_among(request_ids, stages)):
-                return False
-            self._resting, self._resting_at, self._rests_until = request_ids, stages, self._end_of(refusal)
-        return self._still_rests()
-
-    def _still_rests(self) -> bool:
-        return self._now != self._last_probe + 1 and self._now < self._rests_until
+        refusal = self._refused.get(self._mix(request_ids, load, stages))
+        if refusal is None:
+            until: float = self._decides_from
+        elif refusal.tries_new and self._new_among(request_ids, stages):
+            return False
+        else:
+            until = max(self._end_of(refusal), self._decides_from)
+            # A plain step is a token of each text.
+            grown = (refusal.ends[stage] - n for stage, n in zip(stages, num_generated, strict=False) if refusal.ends)
+            until = min(until, self._now + min(grown, default=_HOLDS))
+        self._resting, self._rests_until = request_ids, until
+        return self._now < until
 
     def _end_of(self, refusal: _Refusal) -> float:
         """The step before which nobody is drafted for: then comes a probe, or it is decided anew."""
@@ -176,7 +191,7 @@ class Guard:
             self.reason = "measuring a plain step"
             return []
         if not self.is_drafting and self._now == self._last_probe + 1:  # decide again with what the probe shows
-            self.reason, self._resting = "cost", ()
+            self.reason = "cost"
             self._refused.pop(self._mix(request_ids, load, self._stages.values()), None)
             return self._probes(request_ids, everyone)
         is_held = not self.is_drafting and self._now < self._decided_at + _HOLDS
@@ -215,13 +230,19 @@ class Guard:
             self._num_clear = 0
         self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
         self._decided_stages, self._decided_to_read = {*self._stages.values()}, _to_read(load)
+        was_drafting = self.is_drafting
         self._decide(request_ids, _without_prompts(load))  # the next step may have none
         if self.is_drafting:
             self._forget_refusals()
             return
         # Where they would pay but for what is to be read first, there is nothing to find out.
         tries_new = self._advantage < self.settings.start_above and self._may_be_easy(len(request_ids))
-        self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new)
+        stages = self._decided_stages if len(request_ids) <= _SINGLE else ()
+        ends = {stage: self._pays_from(stage) for stage in stages}
+        self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new, ends)
+        if not was_drafting and self._took:
+            took = sorted(self._took)[len(self._took) // 2]
+            self._decides_from = max(self._now, self._decides_from) + took / self.settings.decide_share
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
 
@@ -236,8 +257,6 @@ class Guard:
             if rows:
                 self._last_probe, self._probed = self._now, {request_ids[b] for b in rows}
             self._tried = {*self._stages.items()}
-        self._resting, self._resting_at = () if rows else request_ids, [*self._stages.values()]
-        self._rests_until = self._end_of(refusal)
         return rows
 
     def _new_among(self, request_ids: Sequence[int], stages: Sequence[Stage]) -> list[int]:
@@ -265,12 +284,16 @@ class Guard:
 
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
-        hoped = self._hoped * len(self._asked) if self.is_drafting else 0.0
+        # What was expected is true of texts as old as those it was decided about.
+        is_as_decided = self.is_drafting and self._decided_stages.issuperset(self._stages.values())
+        hoped = self._hoped * len(self._asked) if is_as_decided else 0.0
         self._waiting.append(_Seen(self._now, record, self._asked, self._stages, hoped))
         self._num_judged += len(self._asked)
         self._num_told += bool(self._asked) and any(record.drafted)
         if not self._asked and record.request_ids and not record.num_prompt_tokens:
-            self._last_plain = self._now
+            self._last_plain, self._no_plain_until = self._now, 0.0
+            if self._decided_at == self._now:
+                self._took.append(record.draft_seconds / record.step_seconds)
         self._asked = _NOBODY
         if len(self._waiting) >= (_TOGETHER if self.is_drafting else _TOGETHER_OFF):
             self._learn_waiting()
@@ -296,6 +319,8 @@ class Guard:
             return False
         if self._now < self._plain_until:
             return True
+        if self._now <= self._no_plain_until:
+            return False
         num_plain = num_unsettled(load.num_requests) + _TIMED
         enough = _FEW if self._advantage > _BEYOND_DOUBT else _ENOUGH
         if self.side_by_side.num_pairs(load.num_requests) < enough:
@@ -303,7 +328,8 @@ class Guard:
         else:
             lost = num_plain * (self._advantage - 1) / self._length  # of a drafted step's seconds, by plain ones
             spacing = max(lost / self.settings.probe_share, _SOONEST)
-        if self._now - self._last_plain > spacing:
+        self._no_plain_until = self._last_plain + spacing
+        if self._now > self._no_plain_until:
             self._plain_until = self._now + num_plain
             return True
         return False
@@ -322,7 +348,7 @@ class Guard:
         is_like = self._clear_stages.issuperset(stages) and _to_read(load) <= self._decided_to_read
         if self._num_clear >= _CLEAR and is_like:
             return False  # of a new one nothing is known but that others like it fare well
-        if len(request_ids) <= _SINGLE and not self._decided_stages.issuperset(stages):
+        if len(request_ids) <= _SINGLE and not self._paying_stages.issuperset(stages):
             return True
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
@@ -357,12 +383,14 @@ class Guard:
             unread = sum(i not in self.fares for i in request_ids)
             ahead = self.reading_up.seconds(unread * load.context_tokens / load.num_requests, min(1, unread))
             self.is_drafting = self._is_worth_it(stages, was_drafting, least, ahead * plain / num_decoding)
+        if num_decoding <= _SINGLE and self.is_drafting:
+            self._paying_stages = {older for stage in stages for older in self._while_it_pays(stage)}
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
         self._num_clear = self._num_clear + 1 if self.is_drafting and self._advantage > _CLEARLY else 0
         self._clear_stages = self._clear_stages.union(stages) if self._num_clear else set()
         if self.is_drafting and not was_drafting:  # a probe may have been luck: a few drafts will tell
             every, self._num_clear = max(2, _FEW_TELLING // num_decoding), 0
-        self._num_told, self._decide_after = 0, every
+        self._num_told, self._decide_after, self._no_plain_until = 0, every, 0.0
         self._chosen = None if best == num_decoding else {request_ids[b] for b in prospects.promising[:best]}
         left_out = prospects.promising[best if self.is_drafting else 0 :]
         if left_out:
@@ -393,16 +421,38 @@ class Guard:
         """Plain steps, until the texts have an age at which the other way is better."""
         saved = 0.0
         for stage in stages:
-            ends = max(self.reading_up.tokens_per_prompt, 2 * stage.begins)
-            here = 1 + self.fares.expected(stage)
-            while stage.begins < ends:
-                advantage = self._advantage * (1 + self.fares.expected(stage)) / here
+            for _, advantage, num_tokens in self._as_it_grows(stage):
                 gain = 1 - 1 / advantage if by_drafting else 1 / advantage - 1
                 if gain <= 0:
                     break
-                saved += gain * (min(stage.older.begins, ends) - stage.begins) / len(stages)
-                stage = stage.older
+                saved += gain * num_tokens / len(stages)
         return saved
+
+    def _while_it_pays(self, stage: Stage) -> list[Stage]:
+        """This stage, and those after it at which a text that is drafted for now is surely still worth it."""
+        older = takewhile(lambda step: step[1] > _SURELY, islice(self._as_it_grows(stage), 1, None))
+        return [stage, *(stage for stage, _, _ in older)]
+
+    def _pays_from(self, stage: Stage) -> int:
+        """Tokens of a text at this stage, which is not drafted for, from which on drafts may pay."""
+        begins = stage.older.begins
+        for older, advantage, num_tokens in islice(self._as_it_grows(stage), 1, None):
+            begins = older.begins
+            if advantage >= self.settings.start_above:
+                break
+            begins += num_tokens
+        return begins
+
+    def _as_it_grows(self, stage: Stage) -> Iterator[tuple[Stage, float, int]]:
+        """Stages of a text from this one on, as far as such texts go: the advantage of drafting there, by how others fare,
+        and how many tokens it has at each.
+        """
+        ends = max(round(self.reading_up.tokens_per_prompt), 2 * stage.begins)
+        here = 1 + self.fares.expected(stage)
+        while stage.begins < ends:
+            advantage = self._advantage * (1 + self.fares.expected(stage)) / here
+            yield stage, advantage, min(stage.older.begins, ends) - stage.begins
+            stage = stage.older
 
     def _seconds_of_reading(self, request_ids: Sequence[int]) -> list[float]:
         """[B]  of the drafter for each token committed: for requests that were drafted for, the prompts that are to come; what

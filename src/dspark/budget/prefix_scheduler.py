@@ -71,6 +71,10 @@ class FixedLength:
     def choose(self, draft: Draft, survival: Tensor, load: Load) -> Tensor:
         if draft.tokens.shape[1] <= self.length:  # no path can be longer
             return draft.real
+        if draft.parents is None:
+            keep = draft.real
+            keep[:, self.length :] = False
+            return keep
         return draft.real & (draft.depth <= self.length)
 
 

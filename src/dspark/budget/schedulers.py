@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dspark.budget.baselines import StartupTable, TokensPerBatch
 from dspark.budget.prefix_scheduler import ConfidenceThreshold, FixedLength
+from dspark.budget.sparing import Sparing
 from dspark.budget.throughput import EarlyStop, Lagged, Optimal, StepCost
 from dspark.errors import InvalidConfiguration
 from dspark.types import PrefixScheduler
@@ -24,7 +25,7 @@ def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipat
     """The scheduler of this name, or an object that already is one. Raises InvalidConfiguration.
 
     fixed:7  threshold:0.6  algorithm1  lagged  optimal  tokens-per-batch  startup-table
-    auto: the best that the acceptance rule stays lossless under, `optimal` or `lagged`
+    auto: the best that the acceptance rule stays lossless under, `optimal` or `lagged`, as often as that pays
     """
     scheduler = _named(name, cost, allows_anticipation) if isinstance(name, str) else name
     if (
@@ -45,7 +46,7 @@ def make_scheduler(name: str | PrefixScheduler, cost: StepCost, allows_anticipat
 
 def _named(name: str, cost: StepCost, allows_anticipation: bool) -> PrefixScheduler:
     if name == AUTO:
-        return Optimal(cost) if allows_anticipation else Lagged(cost)
+        return Sparing(Optimal(cost) if allows_anticipation else Lagged(cost), cost)
     if name in BY_COST:
         return BY_COST[name](cost)
     kind, _, value = name.partition(":")

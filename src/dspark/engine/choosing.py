@@ -26,7 +26,7 @@ class Choosing:
 
     are_heeded  whether anybody who decides goes by what is believed of drafts
     observers   who read records. What a step is to cost and to bring is foretold for them only, and for those who read
-                them later, where `foretells` is set
+                them later, where `foretells` is set; these go without where the choice is spared (budget/sparing.py)
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Choosing:
     ) -> None:
         self.scheduler, self.beliefs, self.capacity = scheduler, beliefs, capacity
         self.foretells, self.are_heeded, self.observers = False, are_heeded, observers
+        self._can_spare = getattr(scheduler, "can_spare", _never)
         # A length that the user fixed is never exceeded.
         self._explores = hasattr(beliefs, "wants_whole") and heeds_beliefs(scheduler)
 
@@ -47,11 +48,12 @@ class Choosing:
         assert record.load is not None
         load = record.load
         record.num_tokens = load.base_tokens
-        foretells = self.foretells or bool(self.observers)
+        foretells, is_spared = self.foretells or bool(self.observers), False
         if draft.tokens.shape[1] == 0:
             keep = draft.real  # nothing
         else:
-            if foretells or self.are_heeded:
+            is_spared = self.are_heeded and not self.observers and self._can_spare(draft)
+            if (foretells or self.are_heeded) and not is_spared:
                 record.predicted_draft_seconds = self.capacity.draft_seconds(record.num_asked, load.context_tokens)
                 drafting = record.predicted_draft_seconds or record.draft_seconds
                 load = Load(load.base_tokens, load.num_requests, load.context_tokens, drafting, load.num_prompt_tokens)
@@ -61,21 +63,24 @@ class Choosing:
                 raise InvalidConfiguration(_no_choice(self.scheduler, keep, draft))
             if min(room, default=0) < draft.tokens.shape[1]:
                 keep = keep & (draft.depth <= torch.tensor(room)[:, None])
-            if self._explores:
+            if self._explores and record.survival is not None:
                 record.chosen = keep
                 if whole := self.beliefs.wants_whole(len(decoding)):  # type: ignore[attr-defined]  # _explores has asked
                     keep = keep.clone()
                     keep[whole] |= (draft.real & (draft.depth <= torch.tensor(room)[:, None]))[whole]
             kept = keep.tolist()
             record.num_tokens += sum(map(sum, kept))
-            if foretells:
-                assert record.survival is not None
+            if foretells and record.survival is not None:
                 record.predicted_accepted = sum(compress(chain(*record.survival.tolist()), chain(*kept)))
-        if foretells and self.capacity.is_known and record.num_tokens:
+        if foretells and not is_spared and self.capacity.is_known and record.num_tokens:
             record.predicted_seconds = self.capacity.seconds_of(
                 record.num_tokens, load.num_requests, load.context_tokens, load.num_prompt_tokens > 0
             )
         return keep
+
+
+def _never(draft: Draft) -> bool:
+    return False
 
 
 def _no_choice(scheduler: PrefixScheduler, keep: object, draft: Draft) -> str:

@@ -38,7 +38,7 @@ class StepRecord:
     accepted_nodes are the draft tokens that the target agreed with, also where the request ended before them.
     Predictions, survival among them, are what the engine believed before the target ran; 0 seconds: nothing was believed
     yet. Where nobody watches, they are not made but for survival and the seconds of drafting, and where the scheduler heeds
-    no beliefs, as with a fixed length, these are not either: 0 and None.
+    no beliefs, as with a fixed length, or spares the choice (budget/sparing.py), these are not either: 0 and None.
     """
 
     request_ids: list[int] = field(default_factory=list)
