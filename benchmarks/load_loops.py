@@ -30,7 +30,8 @@ class Slice:
     decoded: int = 0  # requests in all steps together
     verified: int = 0
     accepted: int = 0
-    predicted_accepted: float = 0.0
+    foretold: int = 0  # accepted tokens of steps for which somebody had said how many to expect,
+    predicted_accepted: float = 0.0  # and what was said
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, record: StepRecord, num_committed: int) -> None:
@@ -44,6 +45,7 @@ class Slice:
         self.verified += sum(record.verified)
         self.accepted += sum(record.accepted)
         if record.survival is not None and record.kept is not None:  # who is timed is not asked to foretell more
+            self.foretold += sum(record.accepted)
             self.predicted_accepted += float((record.survival * record.kept).sum())
         for phase, seconds in record.seconds.items():
             self.phases[phase] += seconds

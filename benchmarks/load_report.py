@@ -45,7 +45,8 @@ def cell(
     mean = statistics.mean(logs)
     within = _T[min(len(logs) - 2, len(_T) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0
     decoded, verified = max(1, sum(s.decoded for s in slices)), sum(s.verified for s in slices)
-    accepted, predicted = sum(s.accepted for s in slices), sum(s.predicted_accepted for s in slices)
+    accepted, foretold = sum(s.accepted for s in slices), sum(s.foretold for s in slices)
+    predicted = sum(s.predicted_accepted for s in slices)
     seconds = sum(s.seconds for s in slices)
     return Cell(
         policy,
@@ -57,7 +58,7 @@ def cell(
         1 + accepted / decoded,
         sum(s.asked for s in slices) / decoded,
         1 - accepted / verified if verified else 0.0,
-        predicted / accepted if predicted and accepted else None,  # of a fixed length nothing is foretold
+        predicted / foretold if predicted and foretold else None,  # of a fixed length nothing is foretold
         sum(s.phases["schedule"] for s in slices) / seconds,
     )
 

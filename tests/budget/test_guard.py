@@ -494,10 +494,10 @@ def one_after_the_other(
 
 
 def test_deciding_to_stay_off_takes_a_small_share_of_the_time():
-    """A decision takes as long as four plain steps here, and every text is another question."""
+    """A decision takes as long as two and a half plain steps here, and every text is another question."""
     machine, texts = Machine(per_token=0.3, per_draft=2.0), [(0.3, kind) for kind in range(40)]
     bounded, unbounded = (
-        one_after_the_other(texts, machine, 0, seconds_of_deciding=5.2, settings=GuardSettings(decide_share=share))
+        one_after_the_other(texts, machine, 0, seconds_of_deciding=3.2, settings=GuardSettings(decide_share=share))
         for share in (0.005, math.inf)
     )
     assert bounded > 0.97 and bounded > 1.02 * unbounded

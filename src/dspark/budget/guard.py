@@ -124,9 +124,7 @@ class Guard:
         self._decided_for: int | None = None  # about so many requests
         self._decided_about: set[int] = set()
         self._decided_stages: set[Stage] = set()
-        self._paying_stages: set[Stage] = (
-            set()
-        )  # of few requests: these, and older ones at which drafts are to pay as well
+        self._paying_stages: set[Stage] = set()  # of few requests: these, and older ones at which drafts surely pay
         self._clear_stages: set[Stage] = set()  # at which drafts clearly paid in all these decisions
         self._decided_to_read = 0
         self._decided_at = self._now = 0
@@ -242,7 +240,8 @@ class Guard:
         self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new, ends)
         if not was_drafting and self._took:
             took = sorted(self._took)[len(self._took) // 2]
-            self._decides_from = max(self._now, self._decides_from) + took / self.settings.decide_share
+            spacing = min(took / self.settings.decide_share, _HOLDS)  # the first ones take many times as long
+            self._decides_from = max(self._now, self._decides_from) + spacing
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
 
