@@ -503,6 +503,17 @@ def test_deciding_to_stay_off_takes_a_small_share_of_the_time():
     assert bounded > 0.97 and bounded > 1.02 * unbounded
 
 
+def test_a_decision_is_not_timed_by_a_clock_that_stands_still():
+    guard = Guard(Machine(per_token=1.0, per_draft=5.0))
+    guard._num_judged = 24
+    for _ in range(3):
+        guard.choose([0], Load(1, 1, 100))
+        guard.observe(
+            StepRecord([0], [0], [0], [0], load=Load(1, 1, 100), num_tokens=1, seconds={"draft": 0.0, "target": 0.0})
+        )
+    assert not guard.is_drafting and not guard._took
+
+
 def test_one_hard_text_does_not_condemn_those_after_it():
     """Drafts pay on the whole, though not for every text, and the first texts are among those for which they do not."""
     machine, speeds, always = Machine(per_token=0.1, per_draft=0.7), [], []

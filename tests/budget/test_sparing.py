@@ -25,12 +25,9 @@ class Cost:
         return 1 + self.per_token * np.asarray(tokens, dtype=float)
 
 
-random = Random(1)
-
-
 def run(sparing: Sparing, seconds: float, drafts: list[list[float]], steps: int = 300) -> list[int | None]:
     """What each step verified where a choice was spared; None where it was made, which takes so many seconds."""
-    verified: list[int | None] = []
+    random, verified = Random(1), list[int | None]()
     for _ in range(steps):
         survival = torch.tensor([random.choice(drafts)])
         draft = Draft(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]))

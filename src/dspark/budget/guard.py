@@ -291,7 +291,7 @@ class Guard:
         self._num_told += bool(self._asked) and any(record.drafted)
         if not self._asked and record.request_ids and not record.num_prompt_tokens:
             self._last_plain, self._no_plain_until = self._now, 0.0
-            if self._decided_at == self._now:
+            if self._decided_at == self._now and record.step_seconds > 0:
                 self._took.append(record.draft_seconds / record.step_seconds)
         self._asked = _NOBODY
         if len(self._waiting) >= (_TOGETHER if self.is_drafting else _TOGETHER_OFF):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, compress
 
 from torch import Tensor
 
@@ -67,9 +67,7 @@ class Sparing:
         """Compare a choice with what fixed lengths would have been expected to give."""
         rows, kept = survival.tolist(), keep.tolist()
         seconds = seconds_of_step(self.cost, load, sum(map(len, rows))).tolist()
-        chosen = sum(
-            chance for row, keeps in zip(rows, kept, strict=True) for chance, k in zip(row, keeps, strict=True) if k
-        )
+        chosen = sum(compress(chain(*rows), chain(*kept)))
         rate = (len(rows) + chosen) / seconds[sum(map(sum, kept))]
         columns = list(zip(*rows, strict=True))
         tokens = accumulate(map(sum, columns), initial=len(rows))
