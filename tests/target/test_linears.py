@@ -49,6 +49,18 @@ def test_every_row_has_the_same_bits_alone_and_in_company():
     assert torch.equal(layer(x.transpose(0, 1)), y.transpose(0, 1))  # as it lies in memory does not matter
 
 
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_both_ways_to_multiply_are_right_and_know_no_company(in_pairs):
+    weight, x = linear(70, 130).weight.detach(), torch.randn(15, 130).bfloat16()
+    number = torch.ops.dspark.pack_linear(weight, None, 0, in_pairs)
+    y = torch.ops.dspark.small_linear(x, number, 70)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8 * exact.abs().max().item())
+    for num_rows in range(1, 15):
+        assert torch.equal(torch.ops.dspark.small_linear(x[:num_rows], number, 70), y[:num_rows])
+    torch.ops.dspark.free_linear(number)
+
+
 def test_joined_layers_give_what_they_gave_side_by_side():
     layers = [PackedLinear.of(linear(width, 34, bias)) for width, bias in ((70, False), (1, True), (96, True))]
     joined = Product.joined([layer.number for layer in layers])

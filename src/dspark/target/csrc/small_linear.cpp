@@ -32,7 +32,7 @@ constexpr int64_t kGroup = 2;   // registers of outputs worked on together: few,
 constexpr int64_t kRows = 12;   // rows worked on together at most
 constexpr int64_t kWide = kGroup * kLanes;
 constexpr int64_t kAhead = 32;  // registers of weights that are fetched ahead
-constexpr int64_t kMoment = 20000;  // nanoseconds of work worth another thread: waiting for each other takes several thousand
+constexpr int64_t kMoment = 16000;  // nanoseconds of work worth another thread: waiting for each other takes several thousand
 #ifdef __AMX_BF16__
 constexpr int64_t kFew = 16;
 #else
@@ -48,6 +48,7 @@ struct Layer {
 struct Product {
   std::vector<Layer> layers;
   int64_t inner, width;
+  bool in_pairs;  // how it is multiplied
 };
 
 std::array<std::atomic<const Product*>, 1 << 16> products;
@@ -71,7 +72,7 @@ const Product& product_of(int64_t number) {
 }
 
 struct Problem {
-  const at::BFloat16* x;       // [M, K]
+  const void* x;               // [M, K] of bfloat16, or of float
   const at::BFloat16* packed;
   const float* bias;           // [N] or null
   at::BFloat16* y;             // [M, N], in rows of `stride`
@@ -83,7 +84,35 @@ inline __mmask16 lanes_of(const Problem& p, int64_t n) {
   return static_cast<__mmask16>((1u << count) - 1);
 }
 
-template <int R>
+// How a register of sums takes a pair of numbers of x and 16 pairs of weights: in one instruction,
+struct InPairs {
+  typedef __m512bh Weights, Factor;
+  typedef at::BFloat16 Number;
+  static Weights weights(__m512i pairs) { return (__m512bh)pairs; }
+  static Factor factor(const Number* x) {
+    int32_t both;
+    std::memcpy(&both, x, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+  static __m512 add(__m512 sums, const Factor& x, const Weights& w) { return _mm512_dpbf16_ps(sums, x, w); }
+};
+
+// or as floats one after the other, which takes Intel's processors half of that time: they do four such multiplications
+// while one of pairs keeps them busy. On AMD's it takes twice as long.
+struct OneByOne {
+  struct Weights { __m512 first, second; };
+  struct Factor { __m512 first, second; };
+  typedef float Number;
+  static Weights weights(__m512i pairs) {
+    return {(__m512)_mm512_slli_epi32(pairs, 16), (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))};
+  }
+  static Factor factor(const Number* x) { return {_mm512_set1_ps(x[0]), _mm512_set1_ps(x[1])}; }
+  static __m512 add(__m512 sums, const Factor& x, const Weights& w) {
+    return _mm512_fmadd_ps(x.second, w.second, _mm512_fmadd_ps(x.first, w.first, sums));
+  }
+};
+
+template <typename How, int R>
 inline void tile(const Problem& p, int64_t row, int64_t group) {
   __m512 sums[R][kGroup];
   const int64_t first = group * kWide, pairs = p.inner / 2;
@@ -93,18 +122,16 @@ inline void tile(const Problem& p, int64_t row, int64_t group) {
     for (int r = 0; r < R; ++r) sums[r][c] = start;
   }
   const at::BFloat16* w = p.packed + group * pairs * kWide * 2;
-  const at::BFloat16* x = p.x + row * p.inner;
+  const auto* x = static_cast<const typename How::Number*>(p.x) + row * p.inner;
   for (int64_t k = 0; k < pairs; ++k) {
-    __m512bh weights[kGroup];
+    typename How::Weights weights[kGroup];
     for (int c = 0; c < kGroup; ++c) {
-      weights[c] = (__m512bh)_mm512_loadu_si512(w + (k * kGroup + c) * kLanes * 2);
+      weights[c] = How::weights(_mm512_loadu_si512(w + (k * kGroup + c) * kLanes * 2));
       _mm_prefetch(reinterpret_cast<const char*>(w + (k * kGroup + c + kAhead) * kLanes * 2), _MM_HINT_T0);
     }
     for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, x + r * p.inner + 2 * k, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      for (int c = 0; c < kGroup; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], both, weights[c]);
+      const typename How::Factor factor = How::factor(x + r * p.inner + 2 * k);
+      for (int c = 0; c < kGroup; ++c) sums[r][c] = How::add(sums[r][c], factor, weights[c]);
     }
   }
   for (int c = 0; c < kGroup; ++c) {
@@ -116,15 +143,17 @@ inline void tile(const Problem& p, int64_t row, int64_t group) {
   }
 }
 
-template <int R>
+template <typename How, int R>
 inline void some_rows(const Problem& p, int64_t row, int64_t group, int64_t count) {
-  if constexpr (R > 0) return count < R ? some_rows<R - 1>(p, row, group, count) : tile<R>(p, row, group);
+  if constexpr (R > 0)
+    return count < R ? some_rows<How, R - 1>(p, row, group, count) : tile<How, R>(p, row, group);
 }
 
+template <typename How>
 void all_rows(const Problem& p, int64_t group) {
   for (int64_t row = 0, passes = (p.rows + kRows - 1) / kRows; passes > 0; --passes) {
     const int64_t count = (p.rows - row + passes - 1) / passes;  // 7 and 6 rather than 12 and 1
-    some_rows<kRows>(p, row, group, count);
+    some_rows<How, kRows>(p, row, group, count);
     row += count;
   }
 }
@@ -143,20 +172,24 @@ at::Tensor pack(const at::Tensor& weight) {
   return packed;
 }
 
-// weight [N, K], bias [N] -> the number of the layer as a product of its own
-int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias, int64_t near) {
+// weight [N, K], bias [N] -> the number of the layer as a product of its own;
+// in_pairs: how it is multiplied, by default as is quicker on this processor
+int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias, int64_t near, std::optional<bool> in_pairs) {
   TORCH_CHECK(weight_.scalar_type() == at::kBFloat16 && weight_.size(1) % 2 == 0, "weight must be bfloat16 [N, even K]");
   const at::Tensor weight = weight_.contiguous();
   Layer layer{weight, pack(weight), bias ? bias->to(at::kFloat).contiguous() : at::Tensor()};
-  return number_of(std::make_unique<const Product>(Product{{layer}, weight.size(1), weight.size(0)}), near);
+  Product product{{layer}, weight.size(1), weight.size(0), in_pairs.value_or(!__builtin_cpu_is("intel"))};
+  return number_of(std::make_unique<const Product>(std::move(product)), near);
 }
 
 // The number of the product that gives what these products give, side by side; nothing is copied.
 int64_t join_linears(at::IntArrayRef numbers, int64_t near) {
-  Product joined{{}, product_of(numbers.at(0)).inner, 0};
+  const Product& one = product_of(numbers.at(0));
+  Product joined{{}, one.inner, 0, one.in_pairs};
   for (const int64_t number : numbers) {
     const Product& own = product_of(number);
     TORCH_CHECK(own.inner == joined.inner, "one input for all: ", own.inner, " and ", joined.inner);
+    TORCH_CHECK(own.in_pairs == joined.in_pairs, "one way to multiply for all");
     joined.layers.insert(joined.layers.end(), own.layers.begin(), own.layers.end());
     joined.width += own.width;
   }
@@ -177,6 +210,12 @@ at::Tensor by_library(const at::Tensor& x, const Product& product) {
   return outputs.size() == 1 ? outputs[0] : at::cat(outputs, -1);
 }
 
+at::Tensor widened(const at::Tensor& x) {
+  at::Tensor wide = at::detail::empty_cpu(x.sizes(), at::kFloat);
+  std::copy_n(x.const_data_ptr<at::BFloat16>(), x.numel(), wide.mutable_data_ptr<float>());
+  return wide;
+}
+
 // x [..., K], a product's number and its width N -> [..., N]
 at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
   const Product& product = product_of(number);
@@ -184,28 +223,29 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
   TORCH_CHECK(x_.scalar_type() == at::kBFloat16 && x_.size(-1) == inner, "x must be bfloat16 [..., ", inner, "]");
   TORCH_CHECK(width == product.width, "the product has ", product.width, " outputs, not ", width);
   if (num_rows > kFew) return by_library(x_, product);
-  const at::Tensor x = x_.contiguous();
-  auto shape = x.sizes().vec();
+  auto shape = x_.sizes().vec();
   shape.back() = width;
-  at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());  // at::empty asks around first
+  at::Tensor y = at::detail::empty_cpu(shape, x_.scalar_type());  // at::empty asks around first
+  const at::Tensor x = product.in_pairs ? x_.contiguous() : widened(x_.contiguous());
   std::vector<Problem> problems;
   std::vector<int64_t> ends;  // groups of outputs up to the end of each layer
   int64_t offset = 0;
   for (const Layer& layer : product.layers) {
     const int64_t own = layer.weight.size(0);
-    problems.push_back({x.const_data_ptr<at::BFloat16>(), layer.packed.const_data_ptr<at::BFloat16>(),
+    problems.push_back({x.const_data_ptr(), layer.packed.const_data_ptr<at::BFloat16>(),
                         layer.bias.defined() ? layer.bias.const_data_ptr<float>() : nullptr,
                         y.mutable_data_ptr<at::BFloat16>() + offset, num_rows, inner, own, width});
     ends.push_back((ends.empty() ? 0 : ends.back()) + num_groups(layer));
     offset += own;
   }
+  const auto all = product.in_pairs ? all_rows<InPairs> : all_rows<OneByOne>;
   // About 90 multiplications a nanosecond, or 20 bytes of weights where rows are too few for that.
   const int64_t nanoseconds = inner * kWide * std::max<int64_t>(9, num_rows) / 90 + 1;
   at::parallel_for(0, ends.back(), std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
     size_t layer = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (int64_t group = begin; group < end; ++group) {
       if (group == ends[layer]) ++layer;
-      all_rows(problems[layer], group - (layer ? ends[layer - 1] : 0));
+      all(problems[layer], group - (layer ? ends[layer - 1] : 0));
     }
   });
   return y;
@@ -214,7 +254,7 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
-  library.def("pack_linear(Tensor weight, Tensor? bias, int near=0) -> int");
+  library.def("pack_linear(Tensor weight, Tensor? bias, int near=0, bool? in_pairs=None) -> int");
   library.def("join_linears(int[] numbers, int near=0) -> int", &join_linears);
   library.def("free_linear(int number) -> ()", &free_linear);
   library.def("small_linear(Tensor x, int number, int width) -> Tensor");
