@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from dspark.target.direct import Direct
 from dspark.target.linears import PackedLinear, Product, with_packed_linears
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernel():
+@pytest.fixture(scope="module", autouse=True, params=["in pairs", "as floats"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     if not native.load() or native.small_linear is None:
         pytest.skip("no compiler, or a processor without bfloat16 dot products")
+    usual = torch.ops.dspark.multiply_in_pairs(request.param == "in pairs")
+    yield
+    torch.ops.dspark.multiply_in_pairs(usual)
 
 
 def linear(width: int, inner: int, bias: bool = False) -> nn.Linear:
@@ -47,18 +51,6 @@ def test_every_row_has_the_same_bits_alone_and_in_company():
         for j in range(7):
             assert torch.equal(layer(x[i, j]), y[i, j])
     assert torch.equal(layer(x.transpose(0, 1)), y.transpose(0, 1))  # as it lies in memory does not matter
-
-
-@pytest.mark.parametrize("in_pairs", [False, True])
-def test_both_ways_to_multiply_are_right_and_know_no_company(in_pairs):
-    weight, x = linear(70, 130).weight.detach(), torch.randn(15, 130).bfloat16()
-    number = torch.ops.dspark.pack_linear(weight, None, 0, in_pairs)
-    y = torch.ops.dspark.small_linear(x, number, 70)
-    exact = x.double() @ weight.double().T
-    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8 * exact.abs().max().item())
-    for num_rows in range(1, 15):
-        assert torch.equal(torch.ops.dspark.small_linear(x[:num_rows], number, 70), y[:num_rows])
-    torch.ops.dspark.free_linear(number)
 
 
 def test_joined_layers_give_what_they_gave_side_by_side():

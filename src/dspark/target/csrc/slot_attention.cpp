@@ -10,10 +10,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -22,6 +24,16 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+
+namespace dspark {
+// Whether bfloat16 is multiplied in pairs. Intel's processors multiply four floats while one such instruction keeps them
+// busy, AMD's only one.
+#ifdef __AVX512BF16__
+std::atomic<bool> in_pairs = !__builtin_cpu_is("intel");
+#else
+std::atomic<bool> in_pairs = false;  // there is no such instruction
+#endif
+}
 
 namespace {
 
@@ -117,22 +129,36 @@ inline void widen(const S* from, C* to, int64_t size) {
 // What queries and keys are multiplied as: numbers of C, or pairs of bfloat16 where the processor takes them as they lie.
 template <typename S, typename C>
 struct Factors {
-  typedef C Word;
+  typedef C Word, Query;
   static constexpr int64_t kPerWord = 1;
   static constexpr bool kAsTheyLie = std::is_same_v<S, C>;
   static void read(const S* from, Word* to, int64_t width) { widen(from, to, width); }
-  static Lanes<C> add(Lanes<C> sums, Word query, Lanes<Word> keys) { return sums + query * keys; }
+  static void read_query(const S* from, Query* to, int64_t width) { widen(from, to, width); }
+  static Lanes<C> add(Lanes<C> sums, const Query& query, Lanes<Word> keys) { return sums + query * keys; }
 };
 
 #ifdef __AVX512BF16__
 template <>
 struct Factors<at::BFloat16, float> {
-  typedef int32_t Word;
+  typedef int32_t Word, Query;
   static constexpr int64_t kPerWord = 2;
   static constexpr bool kAsTheyLie = true;
   static void read(const at::BFloat16* from, Word* to, int64_t width) { std::memcpy(to, from, width * sizeof *from); }
-  static Lanes<float> add(Lanes<float> sums, Word query, Lanes<Word> keys) {
+  static void read_query(const at::BFloat16* from, Query* to, int64_t width) { read(from, to, width); }
+  static Lanes<float> add(Lanes<float> sums, const Query& query, Lanes<Word> keys) {
     return (Lanes<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(query), (__m512bh)keys);
+  }
+};
+
+// The same, multiplied as floats.
+struct OneByOne : Factors<at::BFloat16, float> {
+  struct Query { float first, second; };
+  static void read_query(const at::BFloat16* from, Query* to, int64_t width) { widen(from, &to->first, width); }
+  static Lanes<float> add(Lanes<float> sums, const Query& query, Lanes<Word> keys) {
+    const Lanes<float> first = (Lanes<float>)(keys << 16), second = (Lanes<float>)(keys & ~0xffff);
+    return (Lanes<float>)_mm512_fmadd_ps(
+        _mm512_set1_ps(query.second), (__m512)second,
+        _mm512_fmadd_ps(_mm512_set1_ps(query.first), (__m512)first, (__m512)sums));
   }
 };
 #endif
@@ -170,7 +196,7 @@ inline void transpose(const W* const* rows, W* to, int64_t words) {
 
 // scores [R, kKeys] of queries [R, words] with keys [words, kKeys]: each a sum over the words in their order.
 template <typename F, typename C, int R, int kGroups>
-inline void score(const typename F::Word* queries, const typename F::Word* keys, C* scores, int64_t words) {
+inline void score(const typename F::Query* queries, const typename F::Word* keys, C* scores, int64_t words) {
   Lanes<C> sums[R][kGroups] = {};
   for (int64_t w = 0; w < words; ++w) {
     const auto* own = reinterpret_cast<const Lanes<typename F::Word>*>(keys + w * kKeys);
@@ -181,7 +207,7 @@ inline void score(const typename F::Word* queries, const typename F::Word* keys,
 }
 
 template <typename F, typename C, int R>
-inline void score(const typename F::Word* queries, const typename F::Word* keys, C* scores, int64_t words, int64_t count) {
+inline void score(const typename F::Query* queries, const typename F::Word* keys, C* scores, int64_t words, int64_t count) {
   if (count > kKeys / 2) return score<F, C, R, kKeys / kLanes>(queries, keys, scores, words);
   score<F, C, R, kKeys / kLanes / 2>(queries, keys, scores, words);
 }
@@ -236,11 +262,10 @@ inline void by_fours(int64_t num_rows, Call call) {
 inline int64_t in_lanes(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
 // All heads that share one key head, for one request.
-template <typename S, typename C>
+template <typename S, typename C, typename F>
 void attend(
     const Problem<C>& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t group, int64_t num_heads, int64_t num_kv,
     int64_t width, int64_t value_width, const S* query, const S* keys, const S* values, S* output) {
-  typedef Factors<S, C> F;
   typedef typename F::Word W;
   const int64_t num_rows = static_cast<int64_t>(rows.query.size()) * group;
   const int64_t start = p.starts[b], num_keys = start + static_cast<int64_t>(rows.query.size());
@@ -251,14 +276,15 @@ void attend(
   const Cached cached = p.firsts ? Cached{start, p.firsts[b], positions[0] - start} : Cached{start, 0, 0};
   const C lowest = -std::numeric_limits<C>::infinity();
 
-  static thread_local std::vector<W> queries, sixteen, key;
+  static thread_local std::vector<typename F::Query> queries;
+  static thread_local std::vector<W> sixteen, key;
   static thread_local std::vector<C> top, mass, weights, mixed, value;
-  queries.assign(num_rows * words, W(0)), sixteen.assign(kLanes * words, W(0)), key.resize(words * kKeys);
+  queries.assign(num_rows * words, typename F::Query{}), sixteen.assign(kLanes * words, W(0)), key.resize(words * kKeys);
   top.resize(num_rows), mass.resize(num_rows), weights.resize(num_rows * kKeys);
   mixed.assign(num_rows * size, C(0)), value.resize(kKeys * size);
   for (int64_t r = 0; r < num_rows; ++r) {
     const int64_t head = kv_head * group + r % group;
-    F::read(query + (rows.query[r / group] * num_heads + head) * width, &queries[r * words], width);
+    F::read_query(query + (rows.query[r / group] * num_heads + head) * width, &queries[r * words], width);
     top[r] = p.sinks ? p.sinks[head] : lowest, mass[r] = p.sinks ? C(1) : C(0);
   }
   int64_t first = 0;
@@ -308,7 +334,7 @@ void attend(
   }
 }
 
-template <typename S, typename C>
+template <typename S, typename C, typename F = Factors<S, C>>
 void run(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& output, Problem<C> p,
     const std::vector<Rows>& rows) {
@@ -318,11 +344,15 @@ void run(
   const int64_t longest = *std::max_element(p.starts, p.starts + rows.size()) + p.num_queries;
   const int64_t blocks = longest / kKeys + 1, queries = p.num_queries * (num_heads / num_kv);
   const int64_t nanoseconds = blocks * (1000 + 250 * queries);
+  int64_t apart = units * 5 / 8 + 1;  // neighbours go to different threads: the later in a prompt, the more keys
+  while (std::gcd(apart, units) > 1) ++apart;
   at::parallel_for(0, units, std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      attend<S, C>(
+    for (int64_t turn = begin; turn < end; ++turn) {
+      const int64_t unit = turn * apart % units;
+      attend<S, C, F>(
           p, rows[unit / num_kv], unit / num_kv, unit % num_kv, num_heads / num_kv, num_heads, num_kv, width, value_width,
           query.const_data_ptr<S>(), keys.const_data_ptr<S>(), values.const_data_ptr<S>(), output.mutable_data_ptr<S>());
+    }
   });
 }
 
@@ -372,6 +402,12 @@ at::Tensor attend_slots(
     return output;
   }
   const auto p = problem<float>(slots, starts, positions, inside, scale, window, softcap, sinks, firsts);
+#ifdef __AVX512BF16__
+  if (query.scalar_type() == at::kBFloat16 && !dspark::in_pairs) {
+    run<at::BFloat16, float, OneByOne>(query, keys, values, output, p, rows);
+    return output;
+  }
+#endif
   switch (query.scalar_type()) {
     case at::kFloat: run<float, float>(query, keys, values, output, p, rows); break;
     case at::kBFloat16: run<at::BFloat16, float>(query, keys, values, output, p, rows); break;
@@ -383,11 +419,13 @@ at::Tensor attend_slots(
 
 }  // namespace
 
+// A changed schema needs a new name: torch.compile keeps graphs that call by name, and asks no more.
 TORCH_LIBRARY(dspark, library) {
   library.def(
       "attend_slots(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor starts, Tensor positions, "
       "Tensor? inside, Tensor? rows, Tensor? back, float scale, int window, float softcap, Tensor? sinks, Tensor? firsts=None) -> "
       "Tensor");
+  library.def("multiply_in_pairs(bool yes) -> bool", [](bool yes) { return dspark::in_pairs.exchange(yes); });
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) { library.impl("attend_slots", &attend_slots); }

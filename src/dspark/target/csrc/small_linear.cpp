@@ -25,6 +25,10 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
+namespace dspark {
+extern std::atomic<bool> in_pairs;  // slot_attention.cpp
+}
+
 namespace {
 
 constexpr int64_t kLanes = 16;  // outputs in one register
@@ -48,7 +52,6 @@ struct Layer {
 struct Product {
   std::vector<Layer> layers;
   int64_t inner, width;
-  bool in_pairs;  // how it is multiplied
 };
 
 std::array<std::atomic<const Product*>, 1 << 16> products;
@@ -97,8 +100,7 @@ struct InPairs {
   static __m512 add(__m512 sums, const Factor& x, const Weights& w) { return _mm512_dpbf16_ps(sums, x, w); }
 };
 
-// or as floats one after the other, which takes Intel's processors half of that time: they do four such multiplications
-// while one of pairs keeps them busy. On AMD's it takes twice as long.
+// or as floats, one after the other.
 struct OneByOne {
   struct Weights { __m512 first, second; };
   struct Factor { __m512 first, second; };
@@ -172,24 +174,20 @@ at::Tensor pack(const at::Tensor& weight) {
   return packed;
 }
 
-// weight [N, K], bias [N] -> the number of the layer as a product of its own;
-// in_pairs: how it is multiplied, by default as is quicker on this processor
-int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias, int64_t near, std::optional<bool> in_pairs) {
+// weight [N, K], bias [N] -> the number of the layer as a product of its own
+int64_t pack_linear(const at::Tensor& weight_, const std::optional<at::Tensor>& bias, int64_t near) {
   TORCH_CHECK(weight_.scalar_type() == at::kBFloat16 && weight_.size(1) % 2 == 0, "weight must be bfloat16 [N, even K]");
   const at::Tensor weight = weight_.contiguous();
   Layer layer{weight, pack(weight), bias ? bias->to(at::kFloat).contiguous() : at::Tensor()};
-  Product product{{layer}, weight.size(1), weight.size(0), in_pairs.value_or(!__builtin_cpu_is("intel"))};
-  return number_of(std::make_unique<const Product>(std::move(product)), near);
+  return number_of(std::make_unique<const Product>(Product{{layer}, weight.size(1), weight.size(0)}), near);
 }
 
 // The number of the product that gives what these products give, side by side; nothing is copied.
 int64_t join_linears(at::IntArrayRef numbers, int64_t near) {
-  const Product& one = product_of(numbers.at(0));
-  Product joined{{}, one.inner, 0, one.in_pairs};
+  Product joined{{}, product_of(numbers.at(0)).inner, 0};
   for (const int64_t number : numbers) {
     const Product& own = product_of(number);
     TORCH_CHECK(own.inner == joined.inner, "one input for all: ", own.inner, " and ", joined.inner);
-    TORCH_CHECK(own.in_pairs == joined.in_pairs, "one way to multiply for all");
     joined.layers.insert(joined.layers.end(), own.layers.begin(), own.layers.end());
     joined.width += own.width;
   }
@@ -212,7 +210,9 @@ at::Tensor by_library(const at::Tensor& x, const Product& product) {
 
 at::Tensor widened(const at::Tensor& x) {
   at::Tensor wide = at::detail::empty_cpu(x.sizes(), at::kFloat);
-  std::copy_n(x.const_data_ptr<at::BFloat16>(), x.numel(), wide.mutable_data_ptr<float>());
+  const auto* from = x.const_data_ptr<at::BFloat16>();
+  auto* to = wide.mutable_data_ptr<float>();
+  at::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) { std::copy(from + begin, from + end, to + begin); });
   return wide;
 }
 
@@ -226,7 +226,8 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
   auto shape = x_.sizes().vec();
   shape.back() = width;
   at::Tensor y = at::detail::empty_cpu(shape, x_.scalar_type());  // at::empty asks around first
-  const at::Tensor x = product.in_pairs ? x_.contiguous() : widened(x_.contiguous());
+  const bool in_pairs = dspark::in_pairs;
+  const at::Tensor x = in_pairs ? x_.contiguous() : widened(x_.contiguous());
   std::vector<Problem> problems;
   std::vector<int64_t> ends;  // groups of outputs up to the end of each layer
   int64_t offset = 0;
@@ -238,7 +239,7 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
     ends.push_back((ends.empty() ? 0 : ends.back()) + num_groups(layer));
     offset += own;
   }
-  const auto all = product.in_pairs ? all_rows<InPairs> : all_rows<OneByOne>;
+  const auto all = in_pairs ? all_rows<InPairs> : all_rows<OneByOne>;
   // About 90 multiplications a nanosecond, or 20 bytes of weights where rows are too few for that.
   const int64_t nanoseconds = inner * kWide * std::max<int64_t>(9, num_rows) / 90 + 1;
   at::parallel_for(0, ends.back(), std::max<int64_t>(1, kMoment / nanoseconds), [&](int64_t begin, int64_t end) {
@@ -254,7 +255,7 @@ at::Tensor small_linear(const at::Tensor& x_, int64_t number, int64_t width) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
-  library.def("pack_linear(Tensor weight, Tensor? bias, int near=0, bool? in_pairs=None) -> int");
+  library.def("pack_linear(Tensor weight, Tensor? bias, int near=0) -> int");
   library.def("join_linears(int[] numbers, int near=0) -> int", &join_linears);
   library.def("free_linear(int number) -> ()", &free_linear);
   library.def("small_linear(Tensor x, int number, int width) -> Tensor");
