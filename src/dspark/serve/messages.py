@@ -6,6 +6,7 @@ Both ends are this package, started by each other: nobody else can write to the 
 from __future__ import annotations
 
 import pickle
+import select
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -41,8 +42,10 @@ class Unpacker:
 
 def received(line: socket.socket) -> Iterator[Message]:
     """Messages as they come, waiting for each, until the other end is closed or its process has ended."""
-    unpacker = Unpacker()
+    unpacker, waiting = Unpacker(), select.poll()
+    waiting.register(line, select.POLLIN)
     while True:
+        waiting.poll()  # a line that something is sent over does not block: see `Relay`
         try:
             data = line.recv(_MOST_AT_ONCE)
         except ConnectionError:

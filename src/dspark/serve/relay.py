@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from contextlib import suppress
@@ -16,9 +17,13 @@ class Relay:
     They go through a pipe, out of which a thread has the kernel move them into the socket. That thread needs no
     interpreter to wake, to move and to write, so nothing waits until another gives it up. And it sleeps again at once: who
     wakes a process that reads may have to leave it its core for a millisecond, which should not be the engine's thread.
+
+    `line` is made non-blocking: the kernel holds on to the pipe while it waits for room in a socket that is not, and then
+    who writes into the pipe waits, too.
     """
 
     def __init__(self, line: socket.socket) -> None:
+        line.setblocking(False)
         self._line, self._lock = line, threading.Lock()
         self._outlet, self._inlet = os.pipe()
         os.set_blocking(self._inlet, False)
@@ -66,11 +71,27 @@ class Relay:
 
 def _carried(outlet: int, line: socket.socket) -> int:
     """How many bytes a write has moved, for which it waits; 0: none will follow."""
-    try:
-        return os.splice(outlet, line.fileno(), _MOST_AT_ONCE)
-    except ConnectionError:
-        raise
-    except (AttributeError, OSError):  # a system that cannot
-        data = os.read(outlet, _MOST_AT_ONCE)
-        line.sendall(data)
-        return len(data)
+    while True:
+        try:
+            return os.splice(outlet, line.fileno(), _MOST_AT_ONCE)
+        except BlockingIOError:
+            _wait_for_room(line)
+        except ConnectionError:
+            raise
+        except (AttributeError, OSError):  # a system that cannot
+            return _carried_by_hand(outlet, line)
+
+
+def _carried_by_hand(outlet: int, line: socket.socket) -> int:
+    data = os.read(outlet, _MOST_AT_ONCE)
+    left = memoryview(data)
+    while left:
+        _wait_for_room(line)
+        left = left[line.send(left) :]
+    return len(data)
+
+
+def _wait_for_room(line: socket.socket) -> None:
+    waiting = select.poll()
+    waiting.register(line, select.POLLOUT)
+    waiting.poll()
