@@ -264,6 +264,33 @@ def test_while_it_is_off_hardly_anything_is_decided():
     assert len(decided) < 6 + 3 * sum(map(len, asked))
 
 
+def test_what_was_decided_for_a_text_holds_for_the_next_one_like_it():
+    """Short texts behind short prompts, which drafts pay for, take turns with such behind long ones."""
+    guard, decided, asked = Guard(Machine(per_token=1.0, per_draft=1.0)), [], []
+
+    def decide(ids, load):
+        decided.append(load.context_tokens)
+        guard.is_drafting, guard._decided_at, guard._probe_spacing = load.context_tokens < 256, guard._now, math.inf
+        guard._paying_stages, guard._decide_after = {*guard._stages.values()}, 1000
+
+    guard._num_judged, guard._decide = 24, decide
+    guard._needs_plain_step = guard._may_be_easy = lambda _: False
+    for now in range(200):
+        num_prompt = 2000 if now // 5 % 2 else 20
+        asked.append(bool(guard.choose([now // 5], Load(1, 1, num_prompt), ["chat"], [now % 5], [num_prompt])))
+    assert decided == [20, 2000] and asked == ([True] * 5 + [False] * 5) * 20
+
+
+def test_texts_behind_long_prompts_are_judged_by_their_like():
+    fares = Fares(num_remembered=24, memory=200)
+    for n in range(60):
+        for num_prompt, promise in ((100, 0.6), (1300, 0.05)):
+            fares._remember(n, n, Stage.of("chat", 4, num_prompt), [promise] * 6)
+    short, long, longer = (fares.expected(Stage.of("chat", 4, n)) for n in (200, 2000, 5000))
+    assert short > 3.2 and long < 0.6  # promised were 3.6 and 0.3
+    assert longer < 0.6  # of which nothing is known yet, but of their nearest neighbours
+
+
 def test_while_it_is_off_new_requests_among_known_ones_are_no_new_question():
     guard, decided = Guard(Machine(per_token=1.0, per_draft=1.0)), []
     guard._num_judged, guard.is_drafting, guard._now = 24, False, 9
@@ -463,15 +490,16 @@ def one_after_the_other(
     guard, scheduler, random = Guard(machine, settings), Optimal(machine), np.random.default_rng(seed)
     tokens = seconds = 0.0
     for request_id, (easiness, kind) in enumerate(texts):
-        begin, end, unread = tokens, tokens + 100, prompts[request_id % len(prompts)]
-        load = Load(1, 1, unread)
+        begin, end, num_prompt = tokens, tokens + 100, prompts[request_id % len(prompts)]
+        unread, load = num_prompt, Load(1, 1, num_prompt)
         guard.observe(
             StepRecord(load=Load(unread, 1, 0, 0.0, unread), num_prompt_tokens=unread, seconds={"target": 1.0})
         )
         while tokens < end:
             num_generated = int(tokens - begin) + 1
             acceptance = easiness(num_generated) if callable(easiness) else easiness
-            asked = guard.choose([request_id], load, [kind], [num_generated]) if is_guarded else [0]
+            told = [kind], [num_generated], [num_prompt]
+            asked = guard.choose([request_id], load, *told) if is_guarded else [0]
             drafting = machine.draft_seconds(len(asked), 100)
             drafting += seconds_of_deciding * (guard._decided_at == guard._now)
             record = StepRecord([request_id], [0], [0], [0], load=replace(load, draft_seconds=drafting), num_tokens=1)
@@ -494,10 +522,10 @@ def one_after_the_other(
 
 
 def test_deciding_to_stay_off_takes_a_small_share_of_the_time():
-    """A decision takes as long as two and a half plain steps here, and every text is another question."""
+    """A decision takes as long as three plain steps here, and every text is another question."""
     machine, texts = Machine(per_token=0.3, per_draft=2.0), [(0.3, kind) for kind in range(40)]
     bounded, unbounded = (
-        one_after_the_other(texts, machine, 0, seconds_of_deciding=3.2, settings=GuardSettings(decide_share=share))
+        one_after_the_other(texts, machine, 0, seconds_of_deciding=4.0, settings=GuardSettings(decide_share=share))
         for share in (0.005, math.inf)
     )
     assert bounded > 0.97 and bounded > 1.02 * unbounded

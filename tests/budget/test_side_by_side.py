@@ -108,6 +108,19 @@ def test_what_lies_far_apart_is_not_compared():
     assert pairs.num_pairs(8) == 0
 
 
+def test_steps_behind_long_prompts_are_compared_with_their_like():
+    """Drafts make short steps three times as long, and those that read much anyway half as long again."""
+    pairs, seconds = SideBySide(), {(800, 0): 5e-3, (800, 8): 15e-3, (80_000, 0): 10e-3, (80_000, 8): 15e-3}
+    for i in range(240):
+        context, asked = ((800, 0), (800, 8), (80_000, 0), (80_000, 8))[i // 4 % 4]
+        record = step(asked, seconds[context, asked])
+        record.load = Load(8, 8, context)
+        pairs.observe(record)
+    assert pairs.num_pairs(8) == 2 * 12
+    short, long = (pairs.excess(Believed(), Load(8, 8, context), 8) for context in (800, 80_000))
+    assert short == pytest.approx(1.5, rel=0.08) and long == pytest.approx(0.75, rel=0.08)
+
+
 def test_plain_steps_count_once_the_caches_have_settled():
     """Of one request, the first plain steps after drafts take a fifth longer than those that plain decoding consists of."""
     pairs, drafted, plain = SideBySide(), step(8, 15e-3), step(0, 5e-3)

@@ -144,7 +144,7 @@ class Fickle(Guard):
         super().__init__(Known())
         self.rng = rng
 
-    def choose(self, request_ids, load, kinds=(), num_generated=()):
+    def choose(self, request_ids, load, kinds=(), num_generated=(), num_prompt=()):
         self.reason = "a whim"
         share = self.rng.choice([0, 0.5, 1, 1])
         return [b for b in range(len(request_ids)) if self.rng.random() < share]

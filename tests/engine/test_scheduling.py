@@ -111,7 +111,7 @@ class Never(Guard):
         super().__init__(engine_capacity)
         self.spared = spared
 
-    def choose(self, request_ids, load, kinds, num_generated):
+    def choose(self, request_ids, load, *told):
         self.reason = "test"
         return list(range(len(request_ids)))[: self.spared]
 

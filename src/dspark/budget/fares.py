@@ -1,7 +1,8 @@
-"""How drafts have fared, by request, by kind of request and by how long its text has become: what the guard goes by.
+"""How drafts have fared, by request, by its kind, its prompt and how long its text has become: what the guard goes by.
 
 Texts begin alike: the first tokens of an answer are the easiest to guess, those that follow are not, and a greedy text
-that begins to repeat itself is easy again. An average over a text would promise too much for most of it.
+that begins to repeat itself is easy again. An average over a text would promise too much for most of it. And behind a
+prompt that is longer than those a drafter was trained on it guesses badly, which says nothing of shorter ones.
 """
 
 from __future__ import annotations
@@ -30,17 +31,23 @@ _COUNT_MEMORY = 400.0  # of them
 _EACH_AGE = 0.7  # as much as a draft at an age says of the ages beside it
 
 
+def about_as_long(num_tokens: int) -> int:
+    """A number for what goes before a text: up to 255, 1023, 4095 … tokens."""
+    return ((num_tokens >> 8).bit_length() + 1) // 2
+
+
 class Stage(NamedTuple):
-    """What is known of a request before its drafts are: its kind, and about how long its text has become."""
+    """What is known of a request before its drafts are: its kind, and about how long its text and its prompt are."""
 
     kind: Hashable = None
     age: int = 0
+    prompt: int = 0
 
     @classmethod
-    def of(cls, kind: Hashable, num_generated: int) -> Stage:
-        """Up to 7, 31, 63, 127 … tokens."""
+    def of(cls, kind: Hashable, num_generated: int, num_prompt: int = 0) -> Stage:
+        """A text of up to 7, 31, 63, 127 … tokens."""
         bits = num_generated.bit_length()
-        return cls(kind, bits - 4 if bits > 5 else bits // 4)
+        return cls(kind, bits - 4 if bits > 5 else bits // 4, about_as_long(num_prompt))
 
     @property
     def begins(self) -> int:
@@ -49,7 +56,7 @@ class Stage(NamedTuple):
 
     @property
     def older(self) -> Stage:
-        return Stage(self.kind, self.age + 1)
+        return self._replace(age=self.age + 1)
 
 
 class _Promise(NamedTuple):
@@ -220,13 +227,17 @@ class Fares:
         return (weight * own.tokens + _LIKE_OTHERS * self._beside(stage)) / (weight + _LIKE_OTHERS)
 
     def _beside(self, stage: Stage) -> float:
-        """What drafts promise at the nearest age, the younger first."""
+        """What drafts promise at the nearest age, the younger first; behind prompts of another length where that is new."""
         for distance in range(1, _MOST_AGES):
             for age in (stage.age - distance, stage.age + distance):
-                found = self._promises.get(Stage(stage.kind, age))
+                found = self._promises.get(stage._replace(age=age))
                 if found is not None:
                     return found[0].tokens
-        return self._promise_of_all.tokens
+        of_kind = [at for at in self._promises if at.kind == stage.kind and at.prompt != stage.prompt]
+        if not of_kind:
+            return self._promise_of_all.tokens
+        nearest = min(of_kind, key=lambda at: (abs(at.prompt - stage.prompt), abs(at.age - stage.age)))
+        return self._promises[nearest][0].tokens
 
     def _beside_others(self, fare: _Fare, stage: Stage) -> float:
         """How many times as much as others a request's drafts promise, by those at about this stage and some of others."""

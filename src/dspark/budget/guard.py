@@ -52,7 +52,7 @@ class GuardSettings:
 # Steps that are learned from at a time: between two the processor's caches forget how it is done.
 _TOGETHER, _TOGETHER_OFF = 8, 64
 _AT_ENDS = 12
-_MOST_MIXES = 64
+_MOST_MIXES = 256
 _HOLDS = 512  # steps at most that it is not decided anew whether to start
 _NOBODY: frozenset[int] = frozenset()
 _UNTOLD = Stage()
@@ -85,6 +85,18 @@ class _Refusal(NamedTuple):
     ends: Mapping[Stage, int]  # tokens of a text at each stage, of few requests, from which on drafts may pay
 
 
+class _Agreement(NamedTuple):
+    """What was decided for few new requests that are drafted for: it holds until a step for the next ones like them. Fields
+    are the guard's.
+    """
+
+    until: int
+    advantage: float
+    hoped: float
+    length: float
+    paying_stages: set[Stage]
+
+
 class _Seen(NamedTuple):
     """A step to learn from, the requests that were drafted for, and what was known of them."""
 
@@ -112,11 +124,14 @@ class Guard:
         self._num_clear = 0  # decisions, one after the other, to draft because it clearly pays
         self._hoped = 0.0  # accepted tokens of each draft, as expected when it was last decided
         self._length = 1.0  # seconds of a step with drafts, in those of a plain one
+        self._reads_first = 0.0  # plain steps that the drafter takes to read what it has to before it drafts
         self._probe_spacing = 0.0  # steps between probes that what they are believed to lose allows
         self._probes_all = True
         self._probed: set[int] = set()
         self._tried: set[tuple[int, Stage]] = set()
         self._refused: dict[Hashable, _Refusal] = {}  # by what is known of requests
+        self._agreed: dict[Hashable, _Agreement] = {}  # likewise
+        self._decided_mix: Hashable = None
         self._resting: Sequence[int] = ()  # requests of which nobody is drafted for
         self._rests_until = self._decides_from = 0.0  # before this step, and before this one it is too soon to decide
         self._took: deque[float] = deque(maxlen=_TOOK)  # plain steps that decisions took
@@ -139,18 +154,21 @@ class Guard:
         load: Load,
         kinds: Sequence[Hashable] = (),
         num_generated: Sequence[int] = (),
+        num_prompt: Sequence[int] = (),
     ) -> list[int]:
         """Places in request_ids to draft for; `reason` says why others are not, if any.
 
         kinds          of the requests, where something is known of them: those of one kind are expected to fare alike
         num_generated  tokens of each: texts of about one length are, too
+        num_prompt     tokens before them, likewise
         """
         self._now += 1
         self.reason = "cost"
         # Where drafts do not pay, most steps are about the same requests as the one before: nothing is looked up for them.
         if self._now < self._rests_until and request_ids == self._resting:
             return []
-        stages = [Stage.of(kind, n) for _, kind, n in zip_longest(request_ids, kinds, num_generated, fillvalue=0)]
+        told = zip_longest(request_ids, kinds, num_generated, num_prompt, fillvalue=0)
+        stages = [Stage.of(kind, *lengths) for _, kind, *lengths in told]
         if not self.is_drafting and self._rests(request_ids, load, stages, num_generated):
             return []
         self._stages = dict(zip(request_ids, stages, strict=False))
@@ -164,9 +182,10 @@ class Guard:
         """Whether what was decided for such requests, not to draft for them, still holds, or it is too soon to decide."""
         if self._now <= self._last_probe + 2:  # which has two steps, and is judged after them
             return False
-        refusal = self._refused.get(self._mix(request_ids, load, stages))
+        mix = self._mix(request_ids, load, stages)
+        refusal = self._refused.get(mix)
         if refusal is None:
-            until: float = self._decides_from
+            until: float = self._now if self._is_agreed(mix) else self._decides_from
         elif refusal.tries_new and self._new_among(request_ids, stages):
             return False
         else:
@@ -199,8 +218,10 @@ class Guard:
             return []
         mix = None if self.is_drafting else self._mix(request_ids, load, self._stages.values())
         if self._is_due(request_ids, load, mix):
-            mix = mix or self._mix(request_ids, load, self._stages.values())
-            self._reconsider(request_ids, load, mix)
+            self._learn_waiting()
+            mix = self._mix(request_ids, load, self._stages.values())
+            if mix == self._decided_mix or not self._recall(request_ids, load, mix):
+                self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
             return self._rest(request_ids, mix)
         if self._chosen is None:
@@ -212,16 +233,33 @@ class Guard:
         return sorted(rows)
 
     def _mix(self, request_ids: Sequence[int], load: Load, stages: Iterable[Stage]) -> Hashable:
-        """What a refusal is true of: every mix that is told from others is one more chance to be wrong about."""
+        """What a decision is true of: every mix that is told from others is one more chance to be wrong about."""
         if len(request_ids) <= _SINGLE:  # texts differ, each is known by its own drafts
             known: Hashable = tuple(i if i in self.fares else None for i in request_ids)
-            return frozenset(stages), known, _to_read(load)
+            return frozenset(stages), known
         are_known = 2 * self.fares.num_known(request_ids) >= len(request_ids)
         return (
             _about(load.num_requests),
             frozenset(stage.kind for stage in stages),
             None if are_known else _to_read(load),
         )
+
+    def _recall(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> bool:
+        """Do for few requests what was decided for the last ones like them; False: there was nothing, or long ago."""
+        refusal = self._refused.get(mix) if len(request_ids) <= _SINGLE else None
+        if self._is_agreed(mix):
+            _, self._advantage, self._hoped, self._length, self._paying_stages = self._agreed[mix]
+            self.is_drafting, self._chosen = True, None
+        elif refusal is not None and self._now < self._end_of(refusal):
+            self.is_drafting = False
+        else:
+            return False
+        self._decided_for, self._decided_about = _about(load.num_requests), set(request_ids)
+        self._decided_stages, self._decided_mix = {*self._stages.values()}, mix
+        return True
+
+    def _is_agreed(self, mix: Hashable) -> bool:
+        return mix in self._agreed and self._now < self._agreed[mix].until
 
     def _reconsider(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> None:
         if self._decided_for != _about(load.num_requests):
@@ -230,8 +268,10 @@ class Guard:
         self._decided_stages, self._decided_to_read = {*self._stages.values()}, _to_read(load)
         was_drafting = self.is_drafting
         self._decide(request_ids, _without_prompts(load))  # the next step may have none
+        self._decided_mix = mix
+        self._agreed.pop(mix, None)
         if self.is_drafting:
-            self._forget_refusals()
+            self._agree(request_ids, mix)
             return
         # Where they would pay but for what is to be read first, there is nothing to find out.
         tries_new = self._advantage < self.settings.start_above and self._may_be_easy(len(request_ids))
@@ -244,6 +284,20 @@ class Guard:
             self._decides_from = max(self._now, self._decides_from) + spacing
         if len(self._refused) > _MOST_MIXES:
             del self._refused[next(iter(self._refused))]
+
+    def _agree(self, request_ids: Sequence[int], mix: Hashable) -> None:
+        self._resting = ()
+        if len(request_ids) > _SINGLE:
+            self._refused.clear()  # what drafts are worth has changed
+            return
+        self._refused.pop(mix, None)
+        is_new = not self.fares.num_known(request_ids)
+        # Where there is much to read first, every text is worth a decision.
+        if is_new and self._chosen is None and self._reads_first <= _UNREST:
+            until = self._now + _HOLDS
+            self._agreed[mix] = _Agreement(until, self._advantage, self._hoped, self._length, self._paying_stages)
+            if len(self._agreed) > _MOST_MIXES:
+                del self._agreed[next(iter(self._agreed))]
 
     def _rest(self, request_ids: Sequence[int], mix: Hashable) -> list[int]:
         """Draft for nobody, or for a probe."""
@@ -276,10 +330,6 @@ class Guard:
         loss = sum(max(1 - advantage, 0.0) for advantage in advantages) / len(ease)
         length = min(self.reading_up.tokens_per_prompt, _LONGEST_LOOKED_FOR)
         return length * gain > _LOOK * self._length * loss + _UNREST
-
-    def _forget_refusals(self) -> None:
-        self._refused.clear()
-        self._resting = ()
 
     def observe(self, record: StepRecord) -> None:
         """Learn how drafts fare, and what they cost beside plain steps."""
@@ -347,13 +397,12 @@ class Guard:
         is_like = self._clear_stages.issuperset(stages) and _to_read(load) <= self._decided_to_read
         if self._num_clear >= _CLEAR and is_like:
             return False  # of a new one nothing is known but that others like it fare well
-        if len(request_ids) <= _SINGLE and not self._paying_stages.issuperset(stages):
-            return True
+        if len(request_ids) <= _SINGLE:
+            return not (self._paying_stages.issuperset(stages) and self._decided_about.issuperset(request_ids))
         return 2 * sum(i not in self._decided_about for i in request_ids) > len(request_ids)  # most of them are others
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
-        self._learn_waiting()
         stages = [self._stages.get(i, _UNTOLD) for i in request_ids]
         self._decided_at = self._now
         prospects = self._prospects(request_ids, load, stages)
@@ -374,14 +423,17 @@ class Guard:
             if self.capacity.draft_seconds(size, load.context_tokens) < _CHEAP * seconds:
                 break  # what would be spared by leaving someone out? What is verified of their drafts others decide
             size //= 2
-        was_drafting, self._advantage = self.is_drafting, best_rate / plain
+        self._advantage = best_rate / plain
+        # What few others were drafted for is no reason to go on.
+        was_drafting = self.is_drafting and (num_decoding > _SINGLE or self.fares.num_known(request_ids) > 0)
         # Of few requests drafted for, little is to be expected.
         least = 1.0 if was_drafting else 1 + (self.settings.start_above - 1) * best / num_decoding
         self.is_drafting = self._advantage >= least
         if num_decoding <= _SINGLE or self.is_drafting:
             unread = sum(i not in self.fares for i in request_ids)
             ahead = self.reading_up.seconds(unread * load.context_tokens / load.num_requests, min(1, unread))
-            self.is_drafting = self._is_worth_it(stages, was_drafting, least, ahead * plain / num_decoding)
+            self._reads_first = ahead * plain / num_decoding
+            self.is_drafting = self._is_worth_it(stages, was_drafting, least, self._reads_first)
         if num_decoding <= _SINGLE and self.is_drafting:
             self._paying_stages = {older for stage in stages for older in self._while_it_pays(stage)}
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.budget.capacity import Capacity
+from dspark.budget.fares import about_as_long
 from dspark.types import Load, StepRecord
 
 _NEIGHBOURS = 12  # steps that a pair may lie apart
@@ -31,16 +32,20 @@ _PRIOR = 1.0  # pairs' worth of trust in what steps cost by themselves
 
 
 class _Kind(NamedTuple):
-    """Steps that are compared with each other: about so many requests, and how often they were halved to draft for."""
+    """Steps that are compared with each other: about so many requests, how often they were halved to draft for, and about
+    how much lies before each.
+    """
 
     requests: int
     halvings: int | None  # None: a plain step
+    context: int = 0
 
 
 class _Step(NamedTuple):
     now: int
     tokens: int
     asked: int
+    context: int
     seconds: float
 
 
@@ -48,6 +53,7 @@ class _Pair(NamedTuple):
     ratio: float  # log of drafted over plain seconds
     tokens: float  # that the drafted steps read
     asked: float  # requests that they drafted for
+    context: float  # tokens before all of them
 
 
 class _Columns(NamedTuple):
@@ -56,6 +62,7 @@ class _Columns(NamedTuple):
     ratios: NDArray[np.float64]
     sizes: NDArray[np.int64]  # 0 for a plain step, then what the drafted ones read
     asked: float  # on average
+    context: float  # likewise
 
 
 class SideBySide:
@@ -87,13 +94,13 @@ class SideBySide:
         self._is_plain = is_plain
         if not is_usual:
             return
-        kind = _kind(n, record.num_asked)
+        kind = _kind(n, record.num_asked, load.context_tokens)
         if kind != self._kind:
             self._compare_runs()
             self._before = self._kind, self._run
             self._kind, self._run, self._is_compared = kind, deque(maxlen=_LONGEST_RUN), False
         if self._place >= (num_unsettled(n) if is_plain else 1):
-            self._run.append(_Step(self._now, record.num_tokens, record.num_asked, seconds))
+            self._run.append(_Step(self._now, record.num_tokens, record.num_asked, load.context_tokens, seconds))
             if len(self._run) == _LONGEST_RUN:
                 self._compare_runs()
 
@@ -104,7 +111,7 @@ class SideBySide:
 
     def num_pairs(self, num_requests: int) -> int:
         """How many are remembered of about so many requests."""
-        about = _kind(num_requests, 0).requests
+        about = _place(num_requests)
         return sum(len(pairs) for kind, pairs in self._pairs.items() if kind.requests == about)
 
     def excess(self, capacity: Capacity, load: Load, num_asked: int) -> float:
@@ -113,17 +120,20 @@ class SideBySide:
         Where nothing was compared yet with about so many requests, it is as with somewhat more or fewer, or else as with
         another share of them drafted for: a share that was never tried would look cheap beside one that was.
         """
-        kind, halvings = _kind(load.num_requests, num_asked), round(math.log2(load.num_requests / num_asked))
-        near = [k for k in self._pairs if abs(k.requests - kind.requests) <= _NEAR]
+        requests, halvings, lies_before = _kind(load.num_requests, num_asked, load.context_tokens)
+        near = [k for k in self._pairs if abs(k.requests - requests) <= _NEAR]
         if not near or not capacity.is_known:
             return 1.0
-        nearest = min(near, key=lambda k: (abs((k.halvings or 0) - halvings), abs(k.requests - kind.requests)))
-        distance = abs(nearest.requests - kind.requests)
+        gaps = [
+            (abs((k.halvings or 0) - (halvings or 0)), abs(k.context - lies_before), abs(k.requests - requests))
+            for k in near
+        ]
+        (*_, distance), nearest = min(zip(gaps, near, strict=True))
         n = round(2 ** (nearest.requests / 2)) if distance else load.num_requests
-        context = round(load.context_tokens * n / load.num_requests)
         if nearest not in self._columns:
             self._columns[nearest] = _columns(self._pairs[nearest])
-        ratios, sizes, asked = self._columns[nearest]
+        ratios, sizes, asked, mean_context = self._columns[nearest]
+        context = round(mean_context)
         num_asked = max(1, round(asked))
         seconds = capacity.seconds(np.maximum(sizes, n), n, context)
         drafting = capacity.draft_seconds(num_asked, round(context * min(1.0, num_asked / n)))
@@ -142,16 +152,20 @@ class SideBySide:
             self._compare(before, list(steps), self._kind, list(self._run))
 
     def _compare(self, kind: _Kind, steps: list[_Step], other: _Kind, others: list[_Step]) -> None:
-        if kind.requests != other.requests or (kind.halvings is None) == (other.halvings is None):
+        if (kind.requests, kind.context) != (other.requests, other.context) or (kind.halvings is None) == (
+            other.halvings is None
+        ):
             return
         if kind.halvings is None:
             kind, steps, others = other, others, steps
         ratio = math.log(_median(steps) / _median(others))
         if abs(ratio) > _ABSURD:
             return
-        tokens, asked = (sum(getattr(s, f) for s in steps) / len(steps) for f in ("tokens", "asked"))
+        tokens, asked, context = (
+            sum(getattr(s, f) for s in steps) / len(steps) for f in ("tokens", "asked", "context")
+        )
         self._columns.pop(kind, None)
-        self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked))
+        self._pairs.setdefault(kind, deque(maxlen=_MOST_PAIRS)).append(_Pair(ratio, tokens, asked, context))
 
 
 def num_unsettled(num_requests: int) -> int:
@@ -160,14 +174,19 @@ def num_unsettled(num_requests: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _kind(num_requests: int, num_asked: int) -> _Kind:
+def _place(num_requests: int) -> int:
+    return round(2 * math.log2(num_requests))
+
+
+def _kind(num_requests: int, num_asked: int, context_tokens: int) -> _Kind:
     halvings = round(math.log2(num_requests / num_asked)) if num_asked else None
-    return _Kind(round(2 * math.log2(num_requests)), halvings)
+    return _Kind(_place(num_requests), halvings, about_as_long(context_tokens // num_requests))
 
 
 def _columns(pairs: Iterable[_Pair]) -> _Columns:
-    ratios, tokens, asked = zip(*sorted(pairs, key=lambda pair: pair.tokens), strict=True)
-    return _Columns(np.array(ratios), np.array([0, *map(round, tokens)]), sum(asked) / len(asked))
+    ratios, tokens, asked, context = zip(*sorted(pairs, key=lambda pair: pair.tokens), strict=True)
+    sizes = np.array([0, *map(round, tokens)])
+    return _Columns(np.array(ratios), sizes, sum(asked) / len(asked), sum(context) / len(context))
 
 
 def _median(steps: list[_Step]) -> float:

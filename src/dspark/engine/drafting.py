@@ -39,7 +39,8 @@ class Drafting:
         self._has_logged = False
         self._could: Sequence[Request] = ()  # that the guard was asked about last,
         self._ids: list[int] = []  # their ids
-        self._kinds: list[tuple[str | None, bool]] = []  # and of what kind they were
+        self._kinds: list[tuple[str | None, bool]] = []  # of what kind they were,
+        self._num_prompt: list[int] = []  # and how long their prompts
         self._num_spared = 0  # positions that each of them may yet get before one has too many unread
         # Features of steps, and the requests that have their first rows, one each, which nobody has asked for yet.
         self._steps: list[tuple[Tensor, list[Request]]] = []
@@ -71,9 +72,10 @@ class Drafting:
         could = decoding if len(rows) == len(decoding) else [decoding[b] for b in rows]
         if could != self._could:  # mostly they are the same
             self._could, self._ids, self._kinds = could, [r.id for r in could], [r.kind for r in could]
+            self._num_prompt = [r.num_prompt_tokens for r in could]
             self._num_spared = 0
-        num_generated = [len(r.tokens) - r.num_prompt_tokens for r in could]
-        chosen = guard.choose(self._ids, record.load, self._kinds, num_generated)
+        num_generated = [len(r.tokens) - n for r, n in zip(could, self._num_prompt, strict=True)]
+        chosen = guard.choose(self._ids, record.load, self._kinds, num_generated, self._num_prompt)
         if len(chosen) < len(rows):
             record.num_skipped, record.skip_reason = len(rows) - len(chosen), guard.reason
             self._num_spared -= 1
