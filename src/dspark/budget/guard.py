@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice, takewhile, zip_longest
+from itertools import zip_longest
 from typing import NamedTuple
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.fares import Fares, Stage
+from dspark.budget.outlook import Outlook
 from dspark.budget.prospects import Prospects
 from dspark.budget.reading_up import ReadingUp
 from dspark.budget.side_by_side import SideBySide, num_unsettled
@@ -63,7 +64,6 @@ _SOON = 8  # steps between such runs until then
 _SOONEST = 60  # and afterwards, where it loses nothing
 _SELDOM_FOUND = 4  # times as many steps without a draft tell as much
 _TELLING, _FEW_TELLING = 16, 4  # drafts that are worth a decision, and that may undo the last one
-_SURELY = 1.06  # times as many tokens per second that drafts are expected to give later
 _CLEARLY = 1.15  # times as many tokens per second,
 _CLEAR = 2  # as often as this, one decision after the other
 _CHEAP = 0.06  # of a step
@@ -276,7 +276,7 @@ class Guard:
         # Where they would pay but for what is to be read first, there is nothing to find out.
         tries_new = self._advantage < self.settings.start_above and self._may_be_easy(len(request_ids))
         stages = self._decided_stages if len(request_ids) <= _SINGLE else ()
-        ends = {stage: self._pays_from(stage) for stage in stages}
+        ends = {stage: self._outlook.pays_from(stage, self.settings.start_above) for stage in stages}
         self._refused[mix] = _Refusal(self._now + _HOLDS, self._probe_spacing, self._probes_all, tries_new, ends)
         if not was_drafting and self._took:
             took = sorted(self._took)[len(self._took) // 2]
@@ -435,7 +435,7 @@ class Guard:
             self._reads_first = ahead * plain / num_decoding
             self.is_drafting = self._is_worth_it(stages, was_drafting, least, self._reads_first)
         if num_decoding <= _SINGLE and self.is_drafting:
-            self._paying_stages = {older for stage in stages for older in self._while_it_pays(stage)}
+            self._paying_stages = {older for stage in stages for older in self._outlook.while_it_pays(stage)}
         every = max(self.settings.reconsider_every, _TELLING // num_decoding) * max(1, min(4, self._num_clear))
         self._num_clear = self._num_clear + 1 if self.is_drafting and self._advantage > _CLEARLY else 0
         self._clear_stages = self._clear_stages.union(stages) if self._num_clear else set()
@@ -464,46 +464,13 @@ class Guard:
         what follows does not.
         """
         if self._advantage < 1:
-            return was_drafting and self._steps_saved(stages, by_drafting=False) <= _UNREST
-        saved = self._steps_saved(stages, by_drafting=True) - reading
+            return was_drafting and self._outlook.steps_saved(stages, by_drafting=False) <= _UNREST
+        saved = self._outlook.steps_saved(stages, by_drafting=True) - reading
         return saved >= 0 if was_drafting else self._advantage >= least and saved > _UNREST
 
-    def _steps_saved(self, stages: Sequence[Stage], by_drafting: bool) -> float:
-        """Plain steps, until the texts have an age at which the other way is better."""
-        saved = 0.0
-        for stage in stages:
-            for _, advantage, num_tokens in self._as_it_grows(stage):
-                gain = 1 - 1 / advantage if by_drafting else 1 / advantage - 1
-                if gain <= 0:
-                    break
-                saved += gain * num_tokens / len(stages)
-        return saved
-
-    def _while_it_pays(self, stage: Stage) -> list[Stage]:
-        """This stage, and those after it at which a text that is drafted for now is surely still worth it."""
-        older = takewhile(lambda step: step[1] > _SURELY, islice(self._as_it_grows(stage), 1, None))
-        return [stage, *(stage for stage, _, _ in older)]
-
-    def _pays_from(self, stage: Stage) -> int:
-        """Tokens of a text at this stage, which is not drafted for, from which on drafts may pay."""
-        begins = stage.older.begins
-        for older, advantage, num_tokens in islice(self._as_it_grows(stage), 1, None):
-            begins = older.begins
-            if advantage >= self.settings.start_above:
-                break
-            begins += num_tokens
-        return begins
-
-    def _as_it_grows(self, stage: Stage) -> Iterator[tuple[Stage, float, int]]:
-        """Stages of a text from this one on, as far as such texts go: the advantage of drafting there, by how others fare,
-        and how many tokens it has at each.
-        """
-        ends = max(round(self.reading_up.tokens_per_prompt), 2 * stage.begins)
-        here = 1 + self.fares.expected(stage)
-        while stage.begins < ends:
-            advantage = self._advantage * (1 + self.fares.expected(stage)) / here
-            yield stage, advantage, min(stage.older.begins, ends) - stage.begins
-            stage = stage.older
+    @property
+    def _outlook(self) -> Outlook:
+        return Outlook(self._advantage, self.fares, self.reading_up.tokens_per_prompt)
 
     def _seconds_of_reading(self, request_ids: Sequence[int]) -> list[float]:
         """[B]  of the drafter for each token committed: for requests that were drafted for, the prompts that are to come; what
