@@ -13,7 +13,7 @@ import torch
 
 from dspark.budget.capacity import Capacity
 from dspark.budget.fares import Fares, Stage
-from dspark.budget.guard import Guard, GuardSettings
+from dspark.budget.guard import Guard, GuardSettings, _Agreement
 from dspark.budget.throughput import Optimal
 from dspark.types import Draft, Load, StepRecord
 
@@ -279,6 +279,16 @@ def test_what_was_decided_for_a_text_holds_for_the_next_one_like_it():
         num_prompt = 2000 if now // 5 % 2 else 20
         asked.append(bool(guard.choose([now // 5], Load(1, 1, num_prompt), ["chat"], [now % 5], [num_prompt])))
     assert decided == [20, 2000] and asked == ([True] * 5 + [False] * 5) * 20
+
+
+def test_while_it_is_too_soon_to_decide_an_old_agreement_is_better_than_none():
+    guard, told = Guard(Machine(per_token=1.0, per_draft=1.0)), ([0], [20])
+    guard._num_judged, guard.is_drafting, guard._now, guard._decides_from = 24, False, 600, 700
+    stage = Stage.of("chat", 0, 20)
+    guard._agreed[guard._mix([7], Load(1, 1, 20), [stage])] = _Agreement(512, 1.5, 2.0, 2.0, {stage})
+    guard._needs_plain_step = lambda load: False
+    assert guard.choose([8], Load(1, 1, 20), ["code"], *told) == []
+    assert guard.choose([7], Load(1, 1, 20), ["chat"], *told) == [0]
 
 
 def test_texts_behind_long_prompts_are_judged_by_their_like():

@@ -259,7 +259,9 @@ class Guard:
         return True
 
     def _is_agreed(self, mix: Hashable) -> bool:
-        return mix in self._agreed and self._now < self._agreed[mix].until
+        """Where it is too soon to decide anew, an old agreement is better than none."""
+        is_too_soon = not self.is_drafting and self._now < self._decides_from
+        return mix in self._agreed and (self._now < self._agreed[mix].until or is_too_soon)
 
     def _reconsider(self, request_ids: Sequence[int], load: Load, mix: Hashable) -> None:
         if self._decided_for != _about(load.num_requests):
