@@ -218,8 +218,10 @@ class Guard:
             return []
         mix = None if self.is_drafting else self._mix(request_ids, load, self._stages.values())
         if self._is_due(request_ids, load, mix):
-            self._learn_waiting()
-            mix = self._mix(request_ids, load, self._stages.values())
+            if len(request_ids) <= _SINGLE:  # known by their own drafts: those of the last steps, too
+                self._learn_waiting()
+                mix = None
+            mix = mix or self._mix(request_ids, load, self._stages.values())
             if mix == self._decided_mix or not self._recall(request_ids, load, mix):
                 self._reconsider(request_ids, load, mix)
         if not self.is_drafting:
@@ -405,6 +407,7 @@ class Guard:
 
     def _decide(self, request_ids: Sequence[int], load: Load) -> None:
         """Compare plain decoding with drafting for all, for the more promising half, quarter, …"""
+        self._learn_waiting()
         stages = [self._stages.get(i, _UNTOLD) for i in request_ids]
         self._decided_at = self._now
         prospects = self._prospects(request_ids, load, stages)
