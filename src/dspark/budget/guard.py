@@ -290,6 +290,7 @@ class Guard:
             del self._refused[next(iter(self._refused))]
 
     def _agree(self, request_ids: Sequence[int], mix: Hashable) -> None:
+        """It was decided to draft: forget what was decided before, and of few new requests remember this for the next."""
         self._resting = ()
         if len(request_ids) > _SINGLE:
             self._refused.clear()  # what drafts are worth has changed
