@@ -106,6 +106,28 @@ def test_weights_go_with_who_needs_them():
         torch.ops.dspark.small_linear(x, number, 8)
 
 
+def test_one_layer_is_packed_once_and_again_after_it_was_written_to():
+    layer, x = linear(8, 16, bias=True), torch.randn(1, 16).bfloat16()
+    first, second, like_it = PackedLinear.of(layer, "a"), PackedLinear.of(layer, "a"), linear(8, 16, bias=True)
+    assert first.product is second.product is not PackedLinear.of(like_it, "a").product
+    with torch.no_grad():
+        layer.bias += 1
+        biased = PackedLinear.of(layer, "a")
+        layer.weight *= 2
+        doubled = PackedLinear.of(layer, "a")
+    assert len({each.product for each in (first, biased, doubled)}) == 3
+    torch.testing.assert_close(doubled(x), layer(x))
+    assert not torch.equal(biased(x), first(x))
+
+
+def test_weights_of_many_layers_lie_together_and_large_ones_alone():
+    large = linear(4096, 4104)  # more than a chunk
+    layers = [PackedLinear.of(each) for each in (linear(64, 256), large, *(linear(512, 1024) for _ in range(40)))]
+    for layer in layers:
+        x = torch.randn(2, layer.in_features).bfloat16()
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight), rtol=2**-7, atol=2**-7)
+
+
 def test_a_model_shares_all_but_what_is_packed():
     class Odd(nn.Linear):
         """Means something else by its weights."""

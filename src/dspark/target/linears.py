@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import cast
 from weakref import WeakValueDictionary, finalize
 
@@ -18,11 +18,12 @@ from dspark.target import native
 class Product:
     """Weights that the kernel knows by a number, for as long as this object is there.
 
-    parts  the products that it joins: their numbers are not given to others meanwhile
+    parts   the products that it joins: their numbers are not given to others meanwhile
+    source  what was packed: nothing else comes to lie where it lies meanwhile
     """
 
-    def __init__(self, number: int, parts: Sequence[Product] = ()) -> None:
-        self.number, self.parts = number, tuple(parts)
+    def __init__(self, number: int, parts: Sequence[Product] = (), source: tuple[Tensor | None, ...] = ()) -> None:
+        self.number, self.parts, self.source = number, tuple(parts), source
         _live[number] = self
         # Not at exit: a thread may still be in a step.
         finalize(self, torch.ops.dspark.free_linear, number).atexit = False
@@ -30,9 +31,14 @@ class Product:
     @classmethod
     def of(cls, linear: nn.Linear, name: str) -> Product:
         """A layer's weights, packed: later changes are not seen. The name gives it its number: the same in every process,
-        if it is free."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(torch.ops.dspark.pack_linear(linear.weight.detach(), bias, _number_for(f"{name}: {linear}")))
+        if it is free. Graphs of one model share it, or what they read would not fit into a cache where one copy does."""
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        as_it_is = name, _state(weight), None if bias is None else _state(bias)
+        found = _packed.get(as_it_is)
+        if found is None:
+            number = torch.ops.dspark.pack_linear(weight, bias, _number_for(f"{name}: {linear}"))
+            found = _packed[as_it_is] = cls(number, source=(weight, bias))
+        return found
 
     @classmethod
     def joined(cls, numbers: Sequence[int]) -> Product:
@@ -46,6 +52,7 @@ class Product:
 
 
 _live: WeakValueDictionary[int, Product] = WeakValueDictionary()  # by their numbers
+_packed: WeakValueDictionary[Hashable, Product] = WeakValueDictionary()  # by the weights as they were
 _joined: WeakValueDictionary[tuple[int, ...], Product] = WeakValueDictionary()  # by the numbers of their parts
 
 
@@ -113,6 +120,12 @@ def join_linears(graph: torch.fx.Graph) -> list[Product]:
         for node in nodes:
             graph.erase_node(node)
     return products
+
+
+def _state(weights: Tensor) -> Hashable:
+    """What tells these weights from others, and from themselves once they were written to."""
+    writes = object() if weights.is_inference() else weights._version  # which are not counted for all tensors
+    return weights.data_ptr(), weights.shape, weights.stride(), writes
 
 
 def _number_for(name: str) -> int:

@@ -9,7 +9,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +21,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -162,10 +165,47 @@ void all_rows(const Problem& p, int64_t group) {
 
 int64_t num_groups(const Layer& layer) { return layer.packed.size(0); }
 
+// Zeros for the weights of many layers, in pages of 2 MiB where the system gives them. A step reads every weight once:
+// in pages of 4 KiB it spends a tenth of its time on finding out where they lie.
+class Chunk {
+ public:
+  explicit Chunk(size_t size) : size_(size) {
+    mapped_ = mmap(nullptr, size_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(mapped_ != MAP_FAILED, "no memory for ", size_, " bytes of weights");
+    next_ = (reinterpret_cast<uintptr_t>(mapped_) + kPage - 1) / kPage * kPage;
+    end_ = next_ + size_;
+#ifdef MADV_HUGEPAGE
+    madvise(reinterpret_cast<void*>(next_), size_, MADV_HUGEPAGE);
+#endif
+  }
+  ~Chunk() { munmap(mapped_, size_ + kPage); }
+  Chunk(const Chunk&) = delete;
+  Chunk& operator=(const Chunk&) = delete;
+
+  // Of the first chunk that has room, which lives for as long as what was taken of it.
+  static at::Tensor zeros(at::IntArrayRef sizes, at::ScalarType type) {
+    static std::mutex lock;
+    static std::weak_ptr<Chunk> last;
+    const size_t size = (c10::multiply_integers(sizes) * c10::elementSize(type) + kLine - 1) / kLine * kLine;
+    const std::lock_guard held(lock);
+    std::shared_ptr<Chunk> chunk = last.lock();
+    if (!chunk || chunk->end_ - chunk->next_ < size)
+      last = chunk = std::make_shared<Chunk>(std::max(kUsual, (size + kPage - 1) / kPage * kPage));
+    void* begin = reinterpret_cast<void*>(chunk->next_);
+    chunk->next_ += size;
+    return at::from_blob(begin, sizes, [chunk](void*) {}, at::TensorOptions(type));
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kPage = 1 << 21, kUsual = 16 * kPage;
+  size_t size_;
+  void* mapped_;
+  uintptr_t next_, end_;
+};
+
 at::Tensor pack(const at::Tensor& weight) {
   const int64_t width = weight.size(0), pairs = weight.size(1) / 2;
-  at::Tensor packed = at::detail::empty_cpu({(width + kWide - 1) / kWide, pairs, kWide, 2}, weight.scalar_type());
-  packed.zero_();
+  const at::Tensor packed = Chunk::zeros({(width + kWide - 1) / kWide, pairs, kWide, 2}, weight.scalar_type());
   const auto* w = weight.const_data_ptr<at::BFloat16>();
   auto* to = packed.mutable_data_ptr<at::BFloat16>();
   for (int64_t n = 0; n < width; ++n)
