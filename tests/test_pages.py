@@ -53,6 +53,7 @@ def test_zeros_of_any_shape_and_kind(dtype):
     for shape in ((3, 5, 7), (0, 4), (1,)):
         made = pages.zeros(shape, like)
         assert (made.shape, made.dtype, made.count_nonzero()) == (shape, dtype, 0)
+        assert made.is_contiguous() and made._base is None, "compiled anew for every size of what it is a view of"
 
 
 def test_more_than_there_is_raises_what_every_device_raises():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from drafters.formulas import CONFIG, Pair, assert_as_expected
 from dspark.drafters.block_step import Step
@@ -66,13 +68,20 @@ def test_the_graph_of_one_request_reads_prompts_too_and_never_a_single_position(
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager() -> None:
+def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And is compiled once on a machine, though rows are added and get longer."""
+    if not native.load():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
-    eager, compiled = Pair(config), Pair(config)
-    compiled.drafter.compile()
-    assert_equal_drafts(eager, compiled)
-    compiled.drafter.compile()  # by another engine
-    assert_equal_drafts(eager, compiled)
+    before = counters["stats"]["unique_graphs"]
+    for _ in ("the first process", "the next"):
+        eager, compiled = Pair(config), Pair(config)
+        compiled.drafter.compile()
+        assert_equal_drafts(eager, compiled)
+        compiled.drafter.compile()  # by another engine
+        assert_equal_drafts(eager, compiled)
+        assert counters["stats"]["unique_graphs"] == before + 2, "one for one request, one for more"
 
 
 def test_replayed_equals_eager() -> None:
