@@ -31,4 +31,4 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
         raise torch.OutOfMemoryError(f"{num_bytes} bytes are more than the system gives: {error}") from error
     storage = torch.frombuffer(pages, dtype=like.dtype).untyped_storage()
     # No view of anything: compiled graphs take the size of what they are given a view of for granted.
-    return like.new_empty(0).set_(storage, 0, torch.Size(shape))  # type: ignore[no-untyped-call,call-overload]
+    return like.new_empty(0).set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload]

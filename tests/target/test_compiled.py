@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
-from dspark.target import Target
+from dspark.target import Target, native
 from dspark.target.plan import View
 from dspark.types import Span
 from target.tape import RunAgain
@@ -28,18 +28,31 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The graphs in the order in which they are compiled. Code is generated for the third alone, that of many requests, whose
-    sizes change most: it takes most of the time. The others run as they were traced."""
+def trace(monkeypatch: pytest.MonkeyPatch, generated: int) -> list[torch.fx.GraphModule]:
+    """The graphs in the order in which they are compiled. Code is generated for this one alone: it takes most of the time.
+    The others run as they were traced."""
     generate, graphs = compile_fx.compile_fx, list[torch.fx.GraphModule]()
 
     def compile_traced(graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
         graphs.append(graph)
-        return generate(graph, examples, **options) if len(graphs) == 3 else graph.forward
+        return generate(graph, examples, **options) if len(graphs) == generated else graph.forward
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_traced)
     return graphs
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """With code for many requests, whose sizes change most."""
+    return trace(monkeypatch, generated=3)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
 
 
 def fixed_sizes(graph: torch.fx.GraphModule) -> dict[str, list[int]]:
@@ -146,3 +159,44 @@ def test_without_a_compiler_it_runs_eagerly(
     assert [record.message for record in caplog.records] == ["llama runs uncompiled: No working C++ compiler found"]
     assert not target.cache.request_ids
     assert target.extend([Span(1, 0, (5,), num_logits=1)]).logits.shape == (1, 97)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(not native.load() or native.small_linear is None, reason="no kernel of our own for linear layers")
+def test_threads_share_the_reading_of_prompts(make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = trace(monkeypatch, generated=4)
+    model = make_pair("mistral", num_hidden_layers=1, max_position_embeddings=512).plain.to(torch.bfloat16)
+    target, uncompiled = Target(model, name="compiled"), Target(model, name="uncompiled")
+    for each in (target, uncompiled):
+        each.resize(3000)
+    assert target.compile((0,))
+    assert len(graphs) == 4 and fixed_sizes(graphs[3]) == {}
+    written = target._compiled[(0,)]._graphs["prompts"]._ran
+    assert written is not None and "omp parallel" in written.source
+    rng = random.Random(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sizes in ((128,), (130, 1), (300, 40, 1), (511, 16, 16, 1)):
+            texts = [[rng.randrange(3, 97) for _ in range(size)] for size in sizes]
+            spans = [Span(n, 0, text, num_logits=1) for n, text in enumerate(texts)]
+            found, expected = target.extend(spans, (0,)), uncompiled.extend(spans, (0,))
+            # bfloat16 is rounded in other places; a number of another token would be off by about one.
+            torch.testing.assert_close(found.logits, expected.logits.float(), atol=0.15, rtol=2**-6)
+            torch.testing.assert_close(found.features, expected.features, atol=0.15, rtol=2**-6)
+            for span in spans:
+                target.release(span.request_id)
+                uncompiled.release(span.request_id)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("num_slots", "dtype"), [(280, torch.bfloat16), (3000, torch.float32)])
+def test_prompts_have_no_graph_where_it_would_not_fit_or_take_weights_of_its_own(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, num_slots: int, dtype: torch.dtype
+) -> None:
+    graphs = trace(monkeypatch, generated=0)
+    target = Target(
+        make_pair("mistral", num_hidden_layers=1, max_position_embeddings=512).plain.to(dtype), name="small"
+    )
+    target.resize(num_slots)
+    assert target.compile() and len(graphs) == 3
+    target.extend([Span(0, 0, (5,) * 250, num_logits=1)])
+    assert len(graphs) == 3

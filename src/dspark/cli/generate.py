@@ -175,7 +175,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def loading(args: argparse.Namespace) -> str:
     """What `make_engine` is busy with."""
     return f"loading {args.target}" + (
-        " and compiling, which can take two minutes the first time" if args.compile else ""
+        " and compiling, which can take some minutes the first time" if args.compile else ""
     )
 
 

@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         raise DSparkError(f'serving needs {error.name}: pip install "dspark[serve]"') from error
     listening = listen(args.host, args.port)
     with EngineProcess(watched_engine, args) as engine:
-        doing = ", and compiling it, which takes a minute or two" if args.compile else ""
+        doing = ", and compiling it, which can take some minutes the first time" if args.compile else ""
         with progress(f"loading {args.target}{doing}", no_color=False):
             from transformers.dynamic_module_utils import init_hf_modules
 

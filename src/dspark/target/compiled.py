@@ -1,9 +1,9 @@
 """The fast path: a forward whose spans are all short, as one compiled graph over the same attention.
 
-Worth it where a forward is small: on CPU an eager step of a 7 M parameter model is mostly Python. Three graphs, chosen
-by shape before the call: one token; one request with several tokens; several requests. Within each all sizes are
-dynamic, so nothing is compiled again while requests come and go. On CPU the weights are packed once for all three, and
-later changes of them are not seen.
+Worth it where a forward is small: on CPU an eager step of a 7 M parameter model is mostly Python. Four graphs, chosen
+by shape before the call: one token; one request with several tokens; several requests; and the same with so many tokens
+that on CPU all threads take part in everything. Within each all sizes are dynamic, so nothing is compiled again while
+requests come and go. On CPU the weights are packed once for all of them, and later changes are not seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from dspark.target.modules import capture_outputs, decoder_layers, with_layers, 
 from dspark.target.plan import Group, Plan, Visibility
 
 _MOMENT = 16384  # numbers worth another thread: threads wait for each other for longer than a few thousand take
-_ALONE, _SPAN, _MANY = "one token", "one request", "many requests"
+_LONG_MOMENT = 2048  # where tokens are many, and the products between wake all threads anyway
+_LONG = 128  # tokens
+_ALONE, _SPAN, _MANY, _READING = "one token", "one request", "many requests", "prompts"
 
 
 class _Storage:
@@ -40,6 +42,9 @@ class CompiledForward:
     """Logits and features of short forwards through compiled graphs, each compiled at its first use.
 
     feature_layers are outputs of the graphs. Every layer must have its storage in the cache already.
+
+    shares_reading  whether many tokens at a time have the graph of their own. It is to be made ahead of time: no prompt
+                    should have to wait for it
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class CompiledForward:
         self._cache = cache
         self._captured: list[Any] = [None] * len(feature_layers)
         packed = with_packed_linears(model)
+        self.shares_weights = packed is not model  # or every graph has packed ones of its own
+        self.shares_reading = False
         layers = decoder_layers(packed, len(layers))
         hooked = with_own_hooks(layers)
         capture_outputs(hooked, feature_layers, self._captured)
@@ -69,7 +76,7 @@ class CompiledForward:
     ) -> tuple[Tensor, Tensor | None]:
         """token_ids [T], positions [T], logit_rows [R] -> logits [R, V], features [T, F]."""
         group, visibility = plan.groups[0], plan.groups[0].visibility
-        kind = _kind_of(group)
+        kind = _READING if self.shares_reading and _is_long(group) else _kind_of(group)
         num_rows = len(logit_rows)
         arrays: dict[str, Tensor | None] = {
             "ids": token_ids,
@@ -95,7 +102,7 @@ class CompiledForward:
             # Inputs of their own: a graph should know nothing of the buffer that they came over in.
             arrays = {name: None if array is None else array.clone() for name, array in arrays.items()}
             _mark_sizes(kind, arrays, pairs)
-            with frozen_weights(plan.write.device):
+            with frozen_weights(plan.write.device, _LONG_MOMENT if kind == _READING else _MOMENT):
                 logits, features = self._graphs[kind](**arrays, pairs=pairs)
         return logits if len(logits) == num_rows else logits[:num_rows], features
 
@@ -137,9 +144,9 @@ class CompiledForward:
         return Direct(step, kind, self._kept)
 
 
-def frozen_weights(device: torch.device) -> Any:
+def frozen_weights(device: torch.device, moment: int = _MOMENT) -> Any:
     """While a graph is compiled: on CPU, pack its weights for the kernels, join projections of one input, and call the
-    kernels from C++, which spares a small step an eighth of its time.
+    kernels from C++, which spares a small step an eighth of its time. moment: numbers worth another thread.
 
     Its checks of every size before every kernel go: they cost as much as some kernels, and who calls is not a stranger.
     It must hold while dynamo traces, so torch.compile's own `options` come too late for it.
@@ -148,7 +155,7 @@ def frozen_weights(device: torch.device) -> Any:
 
     is_cpu = device.type == "cpu"
     options: dict[str, Any] = dict.fromkeys(("freezing", "cpp.enable_concat_linear", "cpp_wrapper"), is_cpu)
-    options |= {"size_asserts": not is_cpu, "cpp.min_chunk_size": _MOMENT}
+    options |= {"size_asserts": not is_cpu, "cpp.min_chunk_size": moment}
     return config.patch(options)
 
 
@@ -162,13 +169,18 @@ def _kind_of(group: Group) -> str:
     return _MANY if batch > 1 else _SPAN if num_queries > 1 else _ALONE
 
 
+def _is_long(group: Group) -> bool:
+    batch, num_queries = group.shape
+    return batch > 1 and batch * num_queries >= _LONG
+
+
 def _mark_sizes(kind: str, arrays: dict[str, Tensor | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Tell the compiler, at a graph's first call, which sizes change from one forward to the next."""
     dynamic: dict[str, tuple[int, ...]] = {"slots": (1,)}
     if kind != _ALONE:
         dynamic |= {"ids": (0,), "positions": (0,), "write": (0,), "logit_rows": (0,), "queries": (1,)}
         dynamic |= {"inside": (1, 2)}
-    if kind == _MANY:
+    if kind in (_MANY, _READING):
         dynamic |= {
             "starts": (0,),
             "firsts": (0,),

@@ -219,8 +219,9 @@ class Target:
             self.extend([Span(-1, 0, (0, 0, 0))], feature_layers)
             if self.device.type == "cuda":
                 kernels.tune(self.config.num_attention_heads, self.cache.storage.values())
-            self._compiled[feature_layers] = CompiledForward(self.model, self.layers, self.cache, feature_layers)
-            self._warm_up(feature_layers)
+            forward = CompiledForward(self.model, self.layers, self.cache, feature_layers)
+            self._compiled[feature_layers] = forward
+            self._warm_up(forward)
         except RuntimeError as error:  # the compiler's own errors all derive from it
             self._compiled.pop(feature_layers, None)
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -267,14 +268,24 @@ class Target:
         assert not isinstance(forward, CapturedForward), "recorded already"
         self._compiled[feature_layers] = CapturedForward(forward, self.cache, self.device, record)
 
-    def _warm_up(self, feature_layers: tuple[int, ...]) -> None:
+    def _warm_up(self, forward: CompiledForward) -> None:
         """Run each graph once, with sizes that all differ: equal ones would be taken for the same."""
+        feature_layers = forward.feature_layers
         self.extend([Span(-1, 3, (0,), num_logits=1)], feature_layers)
         self.extend([Span(-1, 4, (0,) * 5, num_logits=3)], feature_layers)
         for request, length in ((-2, 8), (-3, 13)):
             self.extend([Span(request, 0, (0,) * length)], feature_layers)
         spans = [Span(-1, 9, (0,) * 6, num_logits=2), Span(-2, 8, (0,) * 3, num_logits=2), Span(-3, 13, (0,) * 2)]
         self.extend(spans, feature_layers)
+        # How many threads share a loop is compiled in, by the numbers that it meets first: in a small step it is one.
+        before, read = 24, 270
+        has_room = before + read <= min(self.max_length, self.cache.limit)
+        if has_room and forward.shares_weights and torch.get_num_threads() > 1:
+            forward.shares_reading = True
+            for request in self.cache.request_ids:
+                self.release(request)
+            self.extend([Span(-4, 0, (0,) * before)], feature_layers)
+            self.extend([Span(-4, before, (0,) * read, num_logits=4)], feature_layers)
 
     def keep(self, request_id: int, start: int, chosen: Sequence[int]) -> None:
         """Of the request's tokens from position `start` on keep those at `chosen` (relative to start), in order."""
