@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 _SOURCES = [
     Path(__file__).parent / "csrc" / name for name in ("slot_attention.cpp", "keyed_noise.cpp", "small_linear.cpp")
 ]
-_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-attributes"]
+_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-Wno-attributes"]
 _ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 
 attend_slots = None  # torch.ops.dspark.attend_slots once `load` has succeeded
@@ -32,7 +33,7 @@ small_linear = None  # torch.ops.dspark.small_linear then, on processors that ca
 
 @cache
 def load() -> bool:
-    """Make the kernels available, compiling them if this machine has not yet (about ten seconds). Whether it worked."""
+    """Make the kernels available, compiling them if this machine has not yet (ten to twenty seconds). Whether it worked."""
     global attend_slots, small_linear
     try:
         torch.ops.load_library(_build())
@@ -75,11 +76,18 @@ def _build() -> Path:
     # Two processes may build at once: the rename is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
         built = Path(beside) / path.name
-        command = [*_compiler(), *_FLAGS, _ABI, *include, *map(str, _SOURCES), "-o", str(built), *link]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        objects = [built.with_name(f"{source.stem}.o") for source in _SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # one after the other they can take half a minute
+            each = zip(_SOURCES, objects, strict=True)
+            list(pool.map(_run, ([*_FLAGS, _ABI, *include, "-c", str(text), "-o", str(o)] for text, o in each)))
+        _run([*_FLAGS, "-shared", *map(str, objects), "-o", str(built), *link])
         built.chmod(0o755)  # nobody else's to write, whatever the umask: what is loaded is code
         built.rename(path)
     return path
+
+
+def _run(arguments: list[str]) -> None:
+    subprocess.run([*_compiler(), *arguments], capture_output=True, text=True, check=True, timeout=600)
 
 
 def _processor() -> str:
