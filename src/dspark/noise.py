@@ -16,7 +16,9 @@ from torch import Tensor
 # Independent streams. The rejection rule must never share one between its three draws at a position (vllm#47386).
 COUPLED, DRAFT, RESIDUAL, ACCEPT = 0, 1, 2, 3
 
-keyed_uniform: Callable[..., Tensor] | None = None  # the same numbers from C++, once target/native.py has built it
+# From C++, once target/native.py has built them: the same numbers, and where scores + heats * noise are largest.
+keyed_uniform: Callable[..., Tensor] | None = None
+largest: Callable[..., Tensor] | None = None
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dspark import noise
 from dspark.cards import runs_triton
 from dspark.noise import GumbelNoise, uniform
 from dspark.transfer import columns_on_device, on_device, together_on_device, together_on_host
@@ -101,20 +102,25 @@ class KeyedDraws:
             return self._draw(
                 scores, temperature, *columns_on_device((_signed(seeds), positions), scores.device), stream
             )
-        return _argmax(self.noisy(scores, temperature, seeds, positions, stream))
+        return _largest(scores, temperature, self._noise(temperature, seeds, positions, stream))
 
     def noisy(
         self, scores: Tensor, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int
     ) -> Tensor:
         """[N, V]  what `tokens` takes the largest of."""
         # Scaling the noise instead of the logits makes greedy decoding the same formula. It is finite: -inf stays out.
+        rows = self._noise(temperature, seeds, positions, stream)
+        return scores if rows is None else torch.addcmul(scores, temperature, rows)
+
+    def _noise(self, temperature: Tensor, seeds: Sequence[int], positions: Sequence[int], stream: int) -> Tensor | None:
+        """[N, V], or None where it is known that nobody samples."""
         asked: Sequence[int | None] = seeds
         if temperature.is_cpu:  # elsewhere one would have to wait
             heats = [heat for (heat,) in temperature.tolist()]
             if not any(heats):
-                return scores
+                return None
             asked = [seed if heat else None for seed, heat in zip(seeds, heats, strict=True)]
-        return torch.addcmul(scores, temperature, self.noise.rows(asked, positions, stream))
+        return self.noise.rows(asked, positions, stream)
 
     def accepts(self, probability: float, seed: int, position: int, stream: int) -> bool:
         return uniform(seed, position, stream) < probability
@@ -130,9 +136,13 @@ def _signed(seeds: Sequence[int]) -> list[int]:
     return [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """[N] the first of the largest. On CPU numpy finds it in a tenth of torch's time."""
-    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
+def _largest(scores: Tensor, temperature: Tensor, rows: Tensor | None) -> Tensor:
+    """[N]  where scores [N, V], with the noise of rows [N, V] at temperature [N, 1], are largest: the first such place."""
+    if noise.largest is not None and scores.is_cpu and scores.dtype == torch.float32:
+        return noise.largest(scores, rows, None if rows is None else temperature)
+    noisy = scores if rows is None else torch.addcmul(scores, temperature, rows)
+    # On CPU numpy finds it in a tenth of torch's time.
+    return torch.from_numpy(noisy.detach().numpy().argmax(-1)) if noisy.is_cpu else noisy.argmax(-1)
 
 
 def _penalise(scores: Tensor, owners: Sequence[Request], previous: Sequence[Sequence[int]]) -> Tensor:

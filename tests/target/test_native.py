@@ -1,4 +1,4 @@
-"""The C++ kernels: noise, bit for bit that of torch, and life without a compiler. Attention is in test_kernels.py."""
+"""The C++ kernels: noise and tokens, bit for bit those of torch, and life without a compiler. Attention is in test_kernels.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark import noise
+from dspark import noise, sampling
 from dspark.target import kernels, native
 
 
@@ -24,6 +24,31 @@ def test_noise_has_the_same_bits_as_without_the_kernel(vocab_size: int, monkeypa
             monkeypatch.setattr(noise, "keyed_uniform", kernel)
             rows.append(noise.gumbel(seed, position, 6, vocab_size, stream, torch.device("cpu")))
         assert torch.equal(*rows)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 1000, 20_000])
+def test_the_largest_is_the_same_as_without_the_kernel(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among scores that are nearly or wholly equal, excluded, infinite or no numbers, hot and cold."""
+    assert native.load()
+    numbers = torch.Generator().manual_seed(vocab_size)
+    rows = torch.empty(48, vocab_size).exponential_(generator=numbers).log_().neg_()
+    heats = torch.tensor([0.0, 0.3, 0.7, 1.0]).repeat(12)[:, None]
+    scores = torch.randn(48, vocab_size, generator=numbers)
+    scores[8:24] = 3.0 - heats[8:24] * rows[8:24]  # all sums within a rounding of 3
+    scores[24:28] = scores[24:28].round()
+    scores[28:32] = float("-inf")
+    scores[32:36].masked_fill_(torch.rand(4, vocab_size, generator=numbers) < 0.5, float("-inf"))
+    for row in range(36, 44):
+        odd = torch.randint(vocab_size, (2,), generator=numbers)
+        scores[row, odd] = float("nan") if row < 40 else float("inf")
+    sampled, greedy = [], []
+    for kernel in (torch.ops.dspark.largest.default, None):
+        monkeypatch.setattr(noise, "largest", kernel)
+        sampled.append(sampling._largest(scores, heats, rows))
+        greedy.append(sampling._largest(scores.T.contiguous().T, heats, None))
+    assert torch.equal(*sampled) and torch.equal(*greedy)
+    assert vocab_size < 16 or not torch.equal(sampled[0], greedy[0])
 
 
 def test_a_missing_compiler_is_said_and_torch_goes_on(

@@ -40,13 +40,13 @@ def load() -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         _log.warning(
-            "attention and noise run without their C++ kernels, slower (%s); with g++ installed they are compiled once",
+            "attention and sampling run without their C++ kernels, slower (%s); with g++ installed they are compiled once",
             reason.strip().splitlines()[-1],
         )
         return False
     torch.library.register_fake("dspark::attend_slots", attended_shape)
     attend_slots = torch.ops.dspark.attend_slots
-    noise.keyed_uniform = torch.ops.dspark.keyed_uniform
+    noise.keyed_uniform, noise.largest = torch.ops.dspark.keyed_uniform, torch.ops.dspark.largest.default
     if hasattr(torch.ops.dspark, "small_linear"):  # the processor has bfloat16 dot products
         torch.library.register_fake("dspark::small_linear", lambda x, number, width: x.new_empty(*x.shape[:-1], width))
         small_linear = torch.ops.dspark.small_linear
