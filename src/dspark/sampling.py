@@ -138,7 +138,7 @@ def _signed(seeds: Sequence[int]) -> list[int]:
 
 def _largest(scores: Tensor, temperature: Tensor, rows: Tensor | None) -> Tensor:
     """[N]  where scores [N, V], with the noise of rows [N, V] at temperature [N, 1], are largest: the first such place."""
-    if noise.largest is not None and scores.is_cpu and scores.dtype == torch.float32:
+    if noise.largest is not None and scores.is_cpu and scores.dtype == temperature.dtype == torch.float32:
         return noise.largest(scores, rows, None if rows is None else temperature)
     noisy = scores if rows is None else torch.addcmul(scores, temperature, rows)
     # On CPU numpy finds it in a tenth of torch's time.
